@@ -1,0 +1,5 @@
+"""`python -m lorakit`: what torchrun starts."""
+
+from lorakit.cli import main
+
+main()

@@ -1,0 +1,127 @@
+"""A LoRA as its files describe it, PEFT's or lorakit's: names, shapes and scales, without a tensor. No torch.
+
+A is (R, I), B is (O, R); of an Embedding I is the vocabulary.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorakit.errors import LorakitError
+from lorakit.model_files import header, read_json
+from lorakit.shapes import Layer
+from lorakit.targets import Target
+
+Shape = tuple[int, ...]
+_OTHER_BASE = "It was trained on another base: name that one: --base PATH (generate and chat: --base-path)."
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    folder: Path
+    config: Mapping[str, Any]  # adapter_config.json
+    adapted: Mapping[
+        str, Mapping[str, Shape]
+    ]  # layer -> tensor (lora_A, lora_magnitude_vector, ...) -> shape
+    whole: Mapping[str, Mapping[str, Shape]]  # module trained whole -> parameter -> shape
+
+    @property
+    def scaling(self) -> str:
+        return "rank_stabilized" if self.config.get("use_rslora") else "standard"
+
+    @property
+    def train_also(self) -> list[str]:
+        """The innermost modules trained whole."""
+        return sorted({name.rpartition(".")[0] for inside in self.whole.values() for name in inside})
+
+    def sides(self, name: str) -> tuple[int, int, int]:
+        """(in, out, rank) of the layer `name`."""
+        tensors = self.adapted[name]
+        a = tensors.get("lora_A") or tensors.get("lora_embedding_A") or ()
+        b = tensors.get("lora_B") or tensors.get("lora_embedding_B") or ()
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] == 0:
+            raise LorakitError(f"{self.folder}: {name} has no A and B that belong together")
+        return a[1], b[0], a[0]
+
+    def targets(self, layers: Sequence[Layer]) -> list[Target]:
+        """What it adapts, in the model's order. The first pattern that fits the end of a name has its alpha.
+
+        Raises: LorakitError naming the first layer that the model does not have in that shape.
+        """
+        by_name = {layer.name: layer for layer in layers}
+        for name in self.adapted:
+            inside, outside, _ = self.sides(name)
+            layer = by_name.get(name)
+            if layer is None:
+                raise LorakitError(
+                    f"{self.folder}: it adapts {name}, which this model does not have", _OTHER_BASE
+                )
+            if (layer.in_features, layer.out_features) != (inside, outside):
+                ours = f"{layer.out_features} x {layer.in_features}"
+                raise LorakitError(
+                    f"{self.folder}: {name} is {outside} x {inside} there, but {ours} in this model",
+                    _OTHER_BASE,
+                )
+        found = []
+        for layer in layers:
+            if layer.name in self.adapted:
+                found.append(Target(layer, self.sides(layer.name)[2], self.alpha(layer.name)))
+        return found
+
+    def alpha(self, name: str) -> float:
+        """The first pattern that fits the end of a name says it, else lora_alpha.
+
+        Raises: LorakitError for a pattern that is none, or an alpha that is no number.
+        """
+        patterns = self.config.get("alpha_pattern") or {}
+        file = self.folder / "adapter_config.json"
+        try:
+            fitting = [key for key in patterns if re.match(rf"(.*\.)?({key})$", name)]
+            value = patterns[fitting[0]] if fitting else self.config.get("lora_alpha", 8)
+        except (re.error, TypeError, KeyError) as error:
+            raise LorakitError(f"{file}: alpha_pattern: {error}") from None
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise LorakitError(f"{file}: lora_alpha: expected a number, got {value!r}")
+        return float(value)
+
+
+def read(folder: Path) -> AdapterFile:
+    """The adapter in a directory, from its configuration and the header of its weights.
+
+    Raises: LorakitError when a file is missing or damaged, and for adapters other than LoRA.
+    """
+    config = read_json(folder / "adapter_config.json")
+    kind = config.get("peft_type", "LORA")
+    if kind != "LORA":
+        raise LorakitError(f"{folder}: an adapter of the kind {kind}; only LoRA is counted from its file")
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        pickled = (folder / "adapter_model.bin").is_file()
+        why = " (adapter_model.bin is a pickle, which can run code: lorakit does not read it)"
+        raise LorakitError(f"{folder}: no adapter_model.safetensors{why if pickled else ''}")
+    adapted: dict[str, dict[str, Shape]] = {}
+    whole: dict[str, dict[str, Shape]] = {}
+    ends = tuple(config.get("modules_to_save") or ())  # PEFT: "norm" is also the end of "input_layernorm"
+    for key, tensor in header(file).items():
+        if key == "__metadata__":
+            continue
+        shape = tensor.get("shape") if isinstance(tensor, dict) else None
+        if not isinstance(shape, list) or not all(type(size) is int for size in shape):
+            raise LorakitError(f"{file}: damaged safetensors header: {key} has no shape")
+        shape, name = tuple(shape), key.removeprefix("base_model.model.")
+        layer, found, rest = name.partition(".lora_")
+        if found:
+            adapted.setdefault(layer, {})[f"lora_{rest.partition('.')[0]}"] = shape
+            continue
+        owners = [module for module in modules_above(name) if module.endswith(ends)]
+        if owners:  # any other weight is a copy of the base's, such as an embedding beside its adapter
+            whole.setdefault(owners[0], {})[name] = shape
+    return AdapterFile(folder, config, adapted, whole)
+
+
+def modules_above(parameter: str) -> Iterator[str]:
+    """a, then a.b, for a.b.weight."""
+    parts = parameter.split(".")[:-1]
+    return (".".join(parts[: depth + 1]) for depth in range(len(parts)))

@@ -1,0 +1,125 @@
+"""HOW weights move: one file per method, all with the same face (the Adapter protocol).
+
+A method knows its own section of the recipe and the layers it was given, and nothing of data, loops or files
+other than those of its adapter. To add one: its file here, its section in recipe/adapter.py, one line in
+METHODS.
+"""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from enum import Enum
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lorakit.errors import LorakitError
+from lorakit.targets import Target
+
+METHODS = {  # name -> module:class, imported on use
+    "lora": "lorakit.adapters.lora:LoraAdapter",
+    "adalora": "lorakit.adapters.adalora:AdaLoraAdapter",
+    "full": "lorakit.adapters.full:FullAdapter",
+}
+
+
+class Role(Enum):
+    """What a trained parameter is: the only source for optimizer groups, counts, checkpoints and reports."""
+
+    A = "A"  # (rank, in): reads the layer's input
+    B = "B"  # (out, rank): writes to the layer's output
+    SCALE = "scale"  # (rank, 1): singular values, or another vector between A and B
+    HEAD = "head"  # a module trained whole beside the adapter
+    FULL = "full"  # a weight of the base model itself
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained parameter under its name in the model."""
+
+    name: str
+    parameter: nn.Parameter
+    role: Role
+
+
+class Adapter(Protocol):
+    """An attached adapter. The model it was attached to computes with it from then on."""
+
+    targets: tuple[Target, ...]  # the adapted layers with their rank and alpha; empty for full fine-tuning
+
+    def trained(self) -> list[Trained]:
+        """Every parameter that moves, in a fixed order."""
+
+    def penalty(self) -> Tensor | None:
+        """A regulariser added to the loss once per optimizer step, alike on every rank."""
+
+    def before_step(self, step: int) -> None:
+        """Sees the gradients of optimizer step `step`, summed over ranks, before clipping."""
+
+    def after_step(self, step: int) -> None:
+        """Runs after the optimizer's update of step `step`."""
+
+    def ranks(self) -> dict[str, int]:
+        """The rank of every adapted layer as it is now."""
+
+    def settled(self, step: int) -> bool:
+        """Whether after `step` steps the adapter has the shape it was asked for: only then may it be the
+        best."""
+
+    def measures(self) -> dict[str, float]:
+        """What a line of metrics.jsonl says of the adapter beside the loss."""
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """Within it the model is the base model."""
+
+    def state(self) -> dict[str, Tensor]:
+        """All tensors needed to continue, by the names of the adapter's file; they share memory with the
+        model."""
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Copies `tensors` into place. Raises: LorakitError when names or shapes differ."""
+
+    def config(self, base_name: str) -> dict[str, Any]:
+        """adapter_config.json of state() as other tools read it; empty when none would."""
+
+    def write(self, folder: Path, base_name: str) -> None:
+        """The adapter's files, in PEFT's format wherever PEFT has the method, for tools other than
+        lorakit."""
+
+
+def attach(section: Any, model: Any, targets: list[Target], seed: int, **more: Any) -> Adapter:
+    """The adapter of `section.method` attached to `model`; its random start is a function of `seed`."""
+    module, _, name = METHODS[section.method].partition(":")
+    adapter: Adapter = getattr(import_module(module), name)(section, model, targets, seed, **more)
+    return adapter
+
+
+def copy_into(tensors: dict[str, Tensor], ours: dict[str, Tensor], what: str) -> None:
+    """Copy `tensors` over `ours`, name by name, nothing missing, nothing left over.
+
+    Raises: LorakitError naming the first tensors that differ in name or shape.
+    """
+    problems = [f"{name} is missing" for name in ours.keys() - tensors.keys()]
+    problems += [f"{name} belongs to no adapted layer" for name in tensors.keys() - ours.keys()]
+    problems += [
+        f"{name} is {tuple(tensors[name].shape)}, expected {tuple(ours[name].shape)}"
+        for name in ours.keys() & tensors.keys()
+        if tensors[name].shape != ours[name].shape
+    ]
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise LorakitError(f"{what} does not fit this model: {'; '.join(sorted(problems)[:3])}{more}")
+    for name, tensor in ours.items():
+        tensor.copy_(tensors[name])
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """A safetensors file, tensors in order of their names. Its metadata is one key and nothing else: several
+    come out in random order."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
+    path.touch()
+    mode = path.stat().st_mode  # what the umask says; safetensors would leave a file for its owner alone
+    save_file(plain, path, metadata={"format": "pt"})
+    path.chmod(mode)

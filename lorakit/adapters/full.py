@@ -1,0 +1,70 @@
+"""Full fine-tuning as the empty adapter: every weight of the base moves, in fp32. The baseline of every
+comparison."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorakit.adapters import Role, Trained, copy_into
+from lorakit.recipe.adapter import Full
+from lorakit.targets import Target
+
+
+class FullAdapter:
+    def __init__(
+        self, section: Full, model: Any, targets: Sequence[Target], seed: int, stored_config: Any
+    ) -> None:
+        """`stored_config`: the model's configuration as it was read; model/ is written with it, and in its
+        dtype."""
+        self.targets: tuple[Target, ...] = ()
+        self.model = model
+        self.stored_config = stored_config
+        model.requires_grad_(True)
+
+    def trained(self) -> list[Trained]:
+        return [Trained(name, parameter, Role.FULL) for name, parameter in self.model.named_parameters()]
+
+    def penalty(self) -> Tensor | None:
+        return None
+
+    def before_step(self, step: int) -> None:
+        return None
+
+    def after_step(self, step: int) -> None:
+        return None
+
+    def ranks(self) -> dict[str, int]:
+        return {}
+
+    def settled(self, step: int) -> bool:
+        return True
+
+    def measures(self) -> dict[str, float]:
+        return {}
+
+    def disabled(self) -> AbstractContextManager[None]:
+        raise AssertionError("full fine-tuning has moved the base model: there is nothing to disable")
+
+    def state(self) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            copy_into(tensors, self.state(), "the checkpoint")
+
+    def config(self, base_name: str) -> dict[str, Any]:
+        return {}
+
+    def write(self, folder: Path, base_name: str) -> None:
+        dtype = self.stored_config.dtype or torch.float32
+        cast: dict[int, Tensor] = {}  # by place in memory, so that tied weights stay one tensor
+        state = {
+            name: cast.setdefault(tensor.data_ptr(), tensor.to("cpu", dtype))
+            for name, tensor in self.model.state_dict().items()
+        }
+        self.model.save_pretrained(folder, state_dict=state)
+        self.stored_config.save_pretrained(folder)

@@ -1,0 +1,188 @@
+"""The base model and its tokenizer: from a directory, in full precision or quantized, as layers.
+
+Weights are safetensors only. Not here: where the directory comes from (model_files.py), what is attached to
+the model (adapters/).
+"""
+
+import copy
+import logging
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import nn
+
+from lorakit.errors import LorakitError, out_of_memory
+from lorakit.layers import layers_of
+from lorakit.model_files import fingerprint
+from lorakit.recipe.model import Model
+from lorakit.shapes import Layer
+from lorakit.terminal import say
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Base:
+    model: Any  # a transformers model
+    config: Any  # its configuration as stored, before dropout was switched off
+    layers: tuple[Layer, ...]
+    experts: tuple[str, ...]  # 3-D expert weights, which nothing adapts yet
+    fingerprint: str
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Loading
+
+
+def quiet() -> None:
+    """Say only what a user must act on; lorakit reports what it does itself."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(peft|bitsandbytes|transformers|torch|accelerate)\..*")
+
+
+def load_tokenizer(folder: Path, section: Model, chat_template: str | None) -> Any:
+    """The tokenizer of a model directory, with the recipe's chat template (text or a file) in place of its
+    own."""
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=section.trust_remote_code
+        )
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise LorakitError(
+            f"model.path: no tokenizer can be loaded from {folder}: {str(error).splitlines()[0][:200]}",
+            "tokenizer.json and tokenizer_config.json must lie beside config.json.",
+        ) from None
+    if chat_template is not None:
+        tokenizer.chat_template = template_text(chat_template)
+    return tokenizer
+
+
+def template_text(chat_template: str | None) -> str | None:
+    """A recipe's chat template as text: as it stands, or out of the file that it names."""
+    if chat_template is None or "{{" in chat_template or "{%" in chat_template:
+        return chat_template
+    try:
+        return Path(chat_template).read_text()
+    except OSError as error:
+        raise LorakitError(f"data.chat_template: {chat_template}: {error.strerror}") from None
+
+
+def load_config(folder: Path, section: Model) -> Any:
+    try:
+        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
+    except Exception as error:
+        raise LorakitError(
+            f"model.path: {folder / 'config.json'}: {str(error).splitlines()[0][:300]}"
+        ) from None
+
+
+def load(folder: Path, section: Model, model_class: str, dtype: str, device: torch.device) -> Base:
+    """The model in eval mode, every parameter frozen, on `device`, with its layers listed.
+
+    `dtype` is how unquantized weights are held. Raises: LorakitError for files that do not make the model.
+    """
+    config = load_config(folder, section)
+    stored = copy.deepcopy(config)
+    if getattr(config, "quantization_config", None) is not None:
+        raise LorakitError(
+            f"model.path: {folder} is stored quantized",
+            "Give the unquantized model and write model.quantize: nf4.",
+        )
+    if section.dropout != "keep":
+        _switch_off_dropout(config)
+    options: dict[str, Any] = (
+        {"device_map": {"": device}} if section.quantize != "none" or device.type == "cuda" else {}
+    )
+    if section.attention != "auto":
+        options["attn_implementation"] = section.attention
+    if section.quantize != "none":
+        options["quantization_config"] = _quantization(section)
+    try:
+        model, info = getattr(transformers, model_class).from_pretrained(
+            folder,
+            config=config,
+            dtype=DTYPES[dtype],
+            use_safetensors=True,
+            trust_remote_code=section.trust_remote_code,
+            output_loading_info=True,
+            **options,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+        if out_of_memory(error):
+            raise
+        raise LorakitError(
+            f"model.path: {folder} cannot be loaded: {str(error).strip().splitlines()[0][:300]}"
+        ) from None
+    for kind, what in (
+        ("missing_keys", "not in the files"),
+        ("mismatched_keys", "of another shape in the files"),
+    ):
+        if bad := sorted(map(str, info.get(kind) or ())):
+            raise LorakitError(
+                f"model.path: {folder}: {len(bad)} tensors of the model are {what}: {', '.join(bad[:3])}"
+            )
+    for module in model.modules():
+        # On CPUs with AVX512-BF16, bitsandbytes repacks a 4-bit weight in evaluation into a form that has no
+        # backward.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    if section.quantize in ("nf4", "fp4") and device.type == "cpu":
+        for width in misread_widths(model):
+            say(
+                f"warning: bitsandbytes misreads 4-bit layers {width} columns wide on this CPU, so that the"
+                " base is not what a GPU would hold; widths that are multiples of 64 are read right"
+            )
+    model.requires_grad_(False)
+    model.eval()
+    layers, experts = layers_of(model)
+    return Base(model, stored, layers, experts, fingerprint(folder))
+
+
+def misread_widths(model: nn.Module) -> list[int]:
+    """Widths at which bitsandbytes dequantizes a 4-bit matrix otherwise than the same numbers as one long
+    row.
+
+    bitsandbytes 0.50.2 on CPUs with AVX512: rows that are no multiple of a block get another block's
+    constant.
+    """
+    import bitsandbytes
+
+    wrong = set()
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            weight, state = module.weight.data, module.weight.quant_state
+            as_row = copy.copy(state)
+            as_row.shape = torch.Size([module.in_features * module.out_features])
+            right = bitsandbytes.functional.dequantize_4bit(weight, as_row).flatten()
+            found = bitsandbytes.functional.dequantize_4bit(weight, state).flatten()
+            if not torch.equal(right, found):
+                wrong.add(module.in_features)
+    return sorted(wrong)
+
+
+def _quantization(section: Model) -> transformers.BitsAndBytesConfig:
+    if section.quantize == "int8":
+        warnings.filterwarnings("ignore", message="MatMul8bitLt")
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=section.quantize,
+        bnb_4bit_use_double_quant=section.double_quant,
+        bnb_4bit_compute_dtype=DTYPES[section.compute_dtype],
+    )
+
+
+def _switch_off_dropout(config: Any) -> None:
+    """Set every dropout probability of a configuration, and of those inside it, to zero."""
+    for name, value in list(vars(config).items()):
+        if isinstance(value, transformers.PretrainedConfig):
+            _switch_off_dropout(value)
+        elif isinstance(value, float) and ("dropout" in name or name.endswith(("pdrop", "layerdrop"))):
+            setattr(config, name, 0.0)

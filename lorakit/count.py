@@ -1,0 +1,297 @@
+"""How many parameters a recipe, an adapter or a model trains, and how large its adapter is.
+
+The numbers are those that a run of the same recipe measures and writes to params.json. No weights are
+needed: what a method trains follows from the shapes of its model, for which config.json is enough, and what
+an adapter holds from the header of its file.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import inf, prod
+from pathlib import Path
+from typing import Any
+
+from lorakit import model_files
+from lorakit.adapter_file import AdapterFile, modules_above, read
+from lorakit.errors import LorakitError, RecipeError
+from lorakit.plan import check_start, choose_targets
+from lorakit.recipe import Recipe, default_recipe, is_hub_id, load_recipe
+from lorakit.recipe.adapter import NUM_TRAINED
+from lorakit.recipe.model import Model
+from lorakit.shapes import Layer, Shapes
+from lorakit.targets import QUANTIZED, TIED, select_whole
+
+Entry = dict[str, Any]  # one of params.json's modules
+
+
+@dataclass(frozen=True)
+class Count:
+    params: dict[str, Any]  # the content of params.json
+    about: tuple[tuple[str, str], ...]  # what was counted: (word, text)
+
+    def as_text(self) -> str:
+        size = self.params["adapter_bytes"]
+        share = f"{self.params['trainable']:,} of {self.params['total']:,}"
+        facts = [
+            *self.about,
+            ("trainable", f"{share} parameters ({self.params['trainable_percent']:.4f} %)"),
+            ("size", f"{_bytes(size['float32'])} in fp32, {_bytes(size['bfloat16'])} in bf16"),
+        ]
+        lines = [f"{word:<9} {text}" for word, text in facts]
+        return "\n".join([*lines, "", *_table(self.params["modules"])])
+
+
+def count_params(
+    argument: str | Path, overrides: Sequence[str] = (), base: str | Path | None = None
+) -> dict[str, Any]:
+    """The content of params.json for a recipe, an adapter, a run or a model: see `count`."""
+    return count(argument, overrides, base).params
+
+
+def count(argument: str | Path, overrides: Sequence[str] = (), base: str | Path | None = None) -> Count:
+    """What a recipe would train, what an adapter or a run holds, or what a model's default adapter would be.
+
+    `overrides` change fields of a recipe, or of the adapter that is assumed for a model. `base`: the model of
+    an adapter, when it is not where the adapter says. Raises: LorakitError.
+    """
+    path = Path(argument).expanduser()
+    if base is not None and (path / "adapter" / "adapter_config.json").is_file():
+        path = path / "adapter"
+    trained = [name for name in ("adapter_config.json", "params.json") if (path / name).is_file()]
+    if trained and overrides:
+        raise LorakitError(f"--set {overrides[0]}: has no effect on {path}, which is trained already")
+    if "adapter_config.json" in trained:
+        return _of_adapter(path, base)
+    if base is not None:
+        raise LorakitError(f"--base has no effect: {path} is no adapter", "A recipe names its own model.")
+    if trained:
+        return _of_run(path)
+    if path.is_file():
+        return _of_recipe(load_recipe(path, [*overrides, 'output="."']))
+    if (path / "config.json").is_file():
+        return _of_model(path, overrides)
+    if not path.exists():
+        nothing = LorakitError(f"{path}: no such recipe, run, adapter or model, here or on the hub")
+        if not is_hub_id(str(argument)):
+            raise nothing
+        try:
+            return _of_model(path, overrides)
+        except LorakitError as error:
+            raise nothing if error.message.startswith("model.path") else error from None
+    raise LorakitError(
+        f"{path}: neither an adapter (adapter_config.json) nor a model (config.json) nor a finished run",
+        "A model needs config.json alone; a run that never started is counted by its recipe.",
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A recipe, or a model with the recipe of all defaults
+
+
+def _of_model(path: Path, overrides: Sequence[str]) -> Count:
+    for override in overrides:
+        if not override.strip().startswith("adapter."):
+            raise LorakitError(f"--set {override}: a model has no recipe; only adapter.* can be set for it")
+    recipe = default_recipe(str(path.absolute()) if path.exists() else str(path), overrides)
+    return _of_recipe(recipe, " (assumed; --set adapter.rank=8 changes it)")
+
+
+def _of_recipe(recipe: Recipe, remark: str = "") -> Count:
+    shapes = model_files.shapes(model_files.locate(recipe.model, weights=False, tokenizer=False))
+    section: Any = recipe.adapter
+    full = section.method == "full"
+    entries = _of_every_weight(shapes) if full else _of_method(recipe, shapes)
+    rank = "" if full else f", rank {section.rank}"
+    if not full and section.start_from:
+        rank = f", continued from {section.start_from}"
+    told = f"{section.method}{rank}{remark}"
+    about = [("model", f"{recipe.model.path}: {shapes.num_parameters:,} parameters"), ("adapter", told)]
+    if shapes.experts and not full:
+        about.append(("experts", f"{len(shapes.experts)} 3-D expert weights are not adapted"))
+    return Count(_params(entries, 0 if full else shapes.num_parameters), tuple(about))
+
+
+def _of_every_weight(shapes: Shapes) -> list[Entry]:
+    """One entry per module that has parameters of its own."""
+    modules: dict[str, list[tuple[int, ...]]] = {}
+    for name, shape in shapes.parameters.items():
+        modules.setdefault(name.rpartition(".")[0], []).append(shape)
+    return [_whole_entry(name, inside) for name, inside in modules.items()]
+
+
+def _of_method(recipe: Recipe, shapes: Shapes) -> list[Entry]:
+    """One entry per adapted layer and per module trained whole, in the model's order.
+
+    Raises: RecipeError for targets, patterns and ranks that do not fit the model.
+    """
+    section: Any = recipe.adapter
+    whole, problems = _whole_modules(shapes, section.train_also, recipe.model.quantize != "none")
+    if problems:
+        raise RecipeError(recipe.problem("adapter.train_also", message) for message in problems)
+    if section.start_from is None:
+        targets = choose_targets(recipe, shapes.layers)
+    else:
+        saved = read(Path(section.start_from))
+        targets = saved.targets(shapes.layers)
+        if found := check_start(recipe, shapes.layers, targets, saved.scaling, whole, saved.train_also):
+            raise RecipeError(found)
+        whole = saved.train_also
+    entries = []
+    for target in targets:
+        layer, rank = target.layer, target.rank if section.method == "lora" else section.rank
+        trained = NUM_TRAINED[section.method](layer.in_features, layer.out_features, rank)
+        entry = _entry(layer.name, layer.in_features, layer.out_features, rank, trained)
+        entries.append(entry | ({"init_rank": rank} if section.method == "adalora" else {}))
+    for name in whole:
+        inside = [shape for key, shape in shapes.parameters.items() if key.startswith(f"{name}.")]
+        entries.append(_whole_entry(name, inside))
+    return _in_order(entries, shapes)
+
+
+def _whole_modules(shapes: Shapes, patterns: Sequence[str], quantized: bool) -> tuple[list[str], list[str]]:
+    """As layers.whole_modules finds them in the model itself."""
+    names = [name for parameter in shapes.parameters for name in modules_above(parameter)]
+    head = next((layer for layer in shapes.layers if layer.role == "head"), None)
+    names += [head.name] if head else []
+
+    def refusal(name: str) -> str:
+        inside = [layer for layer in shapes.layers if f"{layer.name}.".startswith(f"{name}.")]
+        if quantized and any(layer.kind != "embedding" and layer is not head for layer in inside):
+            return QUANTIZED
+        is_end = any(layer.name == name and _is_end(layer, head) for layer in inside)
+        return TIED if shapes.tied and is_end else ""
+
+    return select_whole(list(dict.fromkeys(names)), patterns, refusal)
+
+
+def _is_end(layer: Layer, head: Layer | None) -> bool:
+    """Whether a layer is the output head or the embedding of its vocabulary."""
+    return layer is head or (
+        head is not None and layer.kind == "embedding" and layer.in_features == head.out_features
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What is trained already
+
+
+def _of_adapter(folder: Path, base: str | Path | None) -> Count:
+    saved = read(folder)
+    home = _base_of(saved, base)
+    shapes = model_files.shapes(home)
+    ranks = sorted({target.rank for target in saved.targets(shapes.layers)})
+    words = f"{folder}: lora, rank {', '.join(map(str, ranks))}"
+    about = (("model", f"{home}: {shapes.num_parameters:,} parameters"), ("adapter", words))
+    return Count(_params(_in_order(_entries_of(saved, shapes), shapes), shapes.num_parameters), about)
+
+
+def _entries_of(saved: AdapterFile, shapes: Shapes) -> list[Entry]:
+    adapted = [
+        _entry(name, *saved.sides(name), sum(map(prod, tensors.values())))
+        for name, tensors in saved.adapted.items()
+    ]
+    place = {name: number for number, name in enumerate(shapes.parameters)}
+    whole = [
+        _whole_entry(name, [inside[key] for key in sorted(inside, key=lambda key: place.get(key, inf))])
+        for name, inside in saved.whole.items()
+    ]
+    return adapted + whole
+
+
+def _base_of(saved: AdapterFile, base: str | Path | None) -> Path:
+    """The directory of the model that an adapter belongs to; never fetched from anywhere.
+
+    Raises: LorakitError when it is neither given nor where the adapter says.
+    """
+    if base is not None:
+        path = Path(base).expanduser()
+        if not path.exists() and is_hub_id(str(base)):
+            return model_files.locate(Model(path=str(base)), weights=False, tokenizer=False)
+        if not (path / "config.json").is_file():
+            raise LorakitError(f"--base: {path} is no model directory: it has no config.json")
+        return path
+    lorakit = saved.folder / "lorakit.json"
+    record = model_files.read_json(lorakit).get("base") if lorakit.is_file() else None
+    own = record if isinstance(record, dict) else {}
+    name = own.get("path") or saved.config.get("base_model_name_or_path")
+    if isinstance(name, str) and name:
+        if (Path(name) / "config.json").is_file():
+            return Path(name)
+        revision = own.get("revision") or saved.config.get("revision")
+        if is_hub_id(name) and (cached := model_files.cached_config(name, revision)):
+            return cached.parent
+    raise LorakitError(
+        f"{saved.folder}: its base model is not on this machine: {name or 'it does not say which'}",
+        f"Name it (config.json is enough): lorakit count-params {saved.folder} --base PATH",
+    )
+
+
+def _of_run(folder: Path) -> Count:
+    """What a run measured when it began, or when it ended."""
+    params = model_files.read_json(folder / "params.json")
+    if missing := {"total", "trainable", "trainable_percent", "adapter_bytes", "modules"} - params.keys():
+        raise LorakitError(f"{folder / 'params.json'}: {sorted(missing)[0]} is missing")
+    return Count(params, (("run", f"{folder}: counted by the run itself"),))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The result
+
+
+def _entry(name: str, inside: int, outside: int, rank: int, trained: int) -> Entry:
+    return {"name": name, "in": inside, "out": outside, "rank": rank, "trainable": trained}
+
+
+def _whole_entry(name: str, inside: Sequence[tuple[int, ...]]) -> Entry:
+    """Of a module trained whole: rank 0, and the sides of its first matrix."""
+    trained = sum(map(prod, inside))
+    outer, inner = next((shape for shape in inside if len(shape) == 2), (trained, 1))
+    return _entry(name, inner, outer, 0, trained)
+
+
+def _in_order(entries: list[Entry], shapes: Shapes) -> list[Entry]:
+    """Sorted by the first parameter of their modules in the model; a head that shares its weights is last."""
+    place: dict[str, int] = {}
+    for number, parameter in enumerate(shapes.parameters):
+        for name in modules_above(parameter):
+            place.setdefault(name, number)
+    return sorted(entries, key=lambda entry: place.get(entry["name"], inf))
+
+
+def _params(entries: list[Entry], num_frozen: int) -> dict[str, Any]:
+    trainable = sum(entry["trainable"] for entry in entries)
+    total = num_frozen + trainable
+    return {
+        "total": total,
+        "trainable": trainable,
+        "trainable_percent": 100.0 * trainable / total,
+        "adapter_bytes": {"float32": 4 * trainable, "bfloat16": 2 * trainable},
+        "modules": entries,
+    }
+
+
+def _bytes(size: int) -> str:
+    unit, name = next(pair for pair in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")) if size >= pair[0])
+    return f"{size / unit:,.1f} {name} ({size:,} bytes)"
+
+
+def _table(entries: Iterable[Entry]) -> list[str]:
+    """A line for each kind of module: layers that differ only in their number are one."""
+    kinds: dict[tuple[Any, ...], list[int]] = {}
+    for entry in entries:
+        name = re.sub(r"\.\d+(?=\.|$)", ".*", entry["name"])
+        key = name, entry["in"], entry["out"], entry["rank"], entry.get("init_rank")
+        kinds.setdefault(key, []).append(entry["trainable"])
+    rows = [("module", "number", "in", "out", "rank", "trainable")]
+    for (name, inner, outer, rank, initial), counts in kinds.items():
+        told = str(rank) if rank or initial else "whole"
+        rows.append((name, f"x {len(counts)}", f"{inner:,}", f"{outer:,}", told, f"{sum(counts):,}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if index == 0 else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]

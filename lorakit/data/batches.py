@@ -1,0 +1,141 @@
+"""The batch plan: which samples make a step, and how they are laid out. A pure function of seed, epoch, step
+and rank.
+
+Nothing is iterated and nothing is saved: to resume is to ask for another step. A step holds `batch_size`
+samples over all ranks; the last step of an epoch holds what is left. Its samples are dealt to the ranks, then
+laid out in micro-batches of at most `micro_batch_tokens` tokens: side by side in one row when packed, else as
+padded rows. Neither changes the loss of the step, which is a sum over its samples divided by its number of
+trained tokens.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from lorakit.data import MicroBatch, TokenData
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one rank does in one optimizer step, and the sums over all ranks."""
+
+    micros: tuple[MicroBatch, ...]  # at least one; one without targets when the rank has no sample
+    num_targets: int  # trained tokens of the step, on all ranks
+    num_tokens: int  # real tokens of the step, on all ranks
+
+
+@lru_cache(maxsize=2)  # consecutive steps share it
+def order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
+    """The permutation of the samples in an epoch."""
+    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num_samples)
+
+
+def steps_per_epoch(num_samples: int, batch_size: int) -> int:
+    return -(-num_samples // batch_size)
+
+
+def samples_of(step: int, num_samples: int, batch_size: int, seed: int) -> np.ndarray:
+    """Indices of the samples of optimizer step `step` (from 0), over all ranks."""
+    epoch, place = divmod(step, steps_per_epoch(num_samples, batch_size))
+    return order(num_samples, seed, epoch)[place * batch_size : (place + 1) * batch_size]
+
+
+def deal(samples: Sequence[int], lengths: np.ndarray, num_ranks: int) -> list[list[int]]:
+    """Samples for each rank with nearly equal tokens: the longest first, each to the rank with the fewest so
+    far."""
+    hands: list[list[int]] = [[] for _ in range(num_ranks)]
+    tokens = [0] * num_ranks
+    for sample in sorted(samples, key=lambda s: (-lengths[s], s)):
+        rank = tokens.index(min(tokens))
+        hands[rank].append(int(sample))
+        tokens[rank] += int(lengths[sample])
+    return hands
+
+
+def layout(samples: Sequence[int], lengths: np.ndarray, budget: int, packing: bool) -> list[list[int]]:
+    """Samples in micro-batches of at most `budget` tokens (padding counted); a longer sample goes alone.
+
+    Packed: first fit, the longest first. Padded: neighbours in length share a micro-batch.
+    """
+    micros: list[list[int]] = []
+    used: list[int] = []  # packed: tokens; padded: tokens of the longest row
+    for sample in sorted(samples, key=lambda s: (-lengths[s], s)):
+        length = int(lengths[sample])
+        if packing:
+            fit = next((i for i, tokens in enumerate(used) if tokens + length <= budget), None)
+        else:
+            fit = len(micros) - 1 if micros and used[-1] * (len(micros[-1]) + 1) <= budget else None
+        if fit is None:
+            micros.append([sample])
+            used.append(length)
+        else:
+            micros[fit].append(sample)
+            used[fit] += length if packing else 0
+    return micros
+
+
+def collate(samples: Sequence[int], data: TokenData, packing: bool, trained: bool = True) -> MicroBatch:
+    """The tensors of a micro-batch; with `trained=False` none of its tokens counts."""
+    documents = [data.sample(index) for index in samples]
+    lengths = [len(ids) for ids, _ in documents]
+    width = sum(lengths) if packing else max(lengths)
+    num_rows = 1 if packing else len(documents)
+    input_ids = np.zeros((num_rows, width), dtype=np.int64)
+    position_ids, mask = np.zeros_like(input_ids), np.zeros_like(input_ids)
+    predictors = []
+    start = 0
+    for number, ((ids, weights), length) in enumerate(zip(documents, lengths, strict=True)):
+        row, first = (0, start) if packing else (number, 0)
+        input_ids[row, first : first + length] = ids
+        position_ids[row, first : first + length] = np.arange(length)
+        mask[row, first : first + length] = 1
+        predictors.append(row * width + first + np.flatnonzero(weights) - 1)
+        start += length
+    before = np.concatenate(predictors) if trained else np.zeros(0, dtype=np.int64)
+    return MicroBatch(
+        input_ids=torch.from_numpy(input_ids),
+        position_ids=torch.from_numpy(position_ids),
+        document_lengths=tuple(lengths) if packing else None,
+        attention_mask=None if packing else torch.from_numpy(mask),
+        predictors=torch.from_numpy(before),
+        targets=torch.from_numpy(input_ids.reshape(-1)[before + 1]),
+        samples=tuple(int(index) for index in samples),
+    )
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The plan over one set of samples."""
+
+    data: TokenData
+    batch_size: int
+    seed: int
+    micro_batch_tokens: int
+    packing: bool
+    rank: int = 0
+    num_ranks: int = 1
+
+    def at(self, step: int) -> Step:
+        """What this rank does in optimizer step `step`."""
+        samples = samples_of(step, len(self.data), self.batch_size, self.seed).tolist()
+        lengths, num_targets = self.data.lengths, self.data.num_targets
+        mine = deal(samples, lengths, self.num_ranks)[self.rank]
+        # A rank without a sample must still run a forward and a backward pass, or the others wait for ever.
+        micros = layout(mine, lengths, self.micro_batch_tokens, self.packing) or [[int(samples[0])]]
+        return Step(
+            micros=tuple(collate(micro, self.data, self.packing, trained=bool(mine)) for micro in micros),
+            num_targets=int(num_targets[samples].sum()),
+            num_tokens=int(lengths[samples].sum()),
+        )
+
+    def every_sample(self) -> Iterator[MicroBatch]:
+        """This rank's share of all samples, each once, in windows of the file order: for evaluation."""
+        lengths = self.data.lengths
+        for start in range(0, len(lengths), 1024):
+            window = range(start, min(start + 1024, len(lengths)))
+            for number, micro in enumerate(layout(window, lengths, self.micro_batch_tokens, self.packing)):
+                if number % self.num_ranks == self.rank:
+                    yield collate(micro, self.data, self.packing)

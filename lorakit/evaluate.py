@@ -1,0 +1,33 @@
+"""Held-out loss: summed over tokens and ranks, divided once, so that neither batches nor ranks weigh in."""
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.data import MicroBatch
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    loss_sum: Callable[[Any, MicroBatch], Tensor],
+    micros: Iterable[MicroBatch],
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    all_ranks_sum: Callable[[Tensor], Tensor],
+) -> dict[str, float]:
+    """{"eval_loss": mean over the trained tokens of all ranks}. The model is left in the mode it was in."""
+    was_training = model.training
+    model.eval()
+    loss_total = torch.zeros((), dtype=torch.float64, device=device)
+    num_targets = 0
+    for micro in micros:
+        with autocast():
+            loss_total += loss_sum(model, micro.to(device)).double()
+        num_targets += len(micro.targets)
+    model.train(was_training)
+    total, count = all_ranks_sum(torch.stack([loss_total, loss_total.new_tensor(num_targets)])).tolist()
+    return {"eval_loss": total / count}

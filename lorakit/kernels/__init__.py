@@ -1,0 +1,1 @@
+"""The fast paths, each with a plain twin that it is tested against."""

@@ -1,0 +1,282 @@
+"""Recipe + facts -> Plan: steps, layout, precision, and the reason of every `auto`. Pure, and without torch.
+
+Facts are what a recipe cannot know: how the weights are stored, what the device does, how long the samples
+are.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorakit.errors import Problem, RecipeError
+from lorakit.recipe import Recipe, is_hub_id
+from lorakit.recipe.task import TRAIN_ON
+from lorakit.shapes import Layer
+from lorakit.targets import Target, assign, select
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What an `auto` became, and why. Kept in run.json and read back on resume."""
+
+    value: Any
+    why: str
+
+
+Decisions = dict[str, Decision]  # dotted name of the recipe's field -> decision
+
+
+@dataclass(frozen=True)
+class Hardware:
+    device: str  # "cpu" or "cuda"
+    multiplies_bf16: bool
+    memory_bytes: int  # all of the device's memory, not what happens to be free
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """Of a decoder: what its activations cost."""
+
+    hidden: int
+    intermediate: int
+    num_layers: int
+    vocabulary: int
+
+    def bytes_per_token(self, checkpointing: bool, width: int) -> int:
+        """Activations held for the backward pass, per token, at `width` bytes per number: about (10 h + 4 f)
+        per layer with a frozen base, plus the logits in two precisions. A rule of thumb, measured to a few
+        percent."""
+        layer = (10 * self.hidden + 4 * self.intermediate) * width
+        logits = self.vocabulary * (width + 8)
+        return logits + (
+            layer + self.num_layers * self.hidden * width if checkpointing else self.num_layers * layer
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is derived from a recipe before step 0."""
+
+    total_steps: int
+    warmup_steps: int
+    num_samples: int
+    decisions: Decisions
+
+    def __getitem__(self, dotted: str) -> Any:
+        return self.decisions[dotted].value
+
+
+def check(recipe: Recipe) -> list[Problem]:
+    """What is wrong with a recipe apart from its grammar, found without opening a model: files that are not
+    there."""
+    problems = []
+    for dotted in ("data.train", "data.eval"):
+        section, _, field = dotted.partition(".")
+        value = getattr(getattr(recipe, section), field)
+        if value is not None and not (is_hub_id(value) or Path(value).is_file()):
+            what = "a directory; give one file" if Path(value).is_dir() else "no such file"
+            problems.append(recipe.problem(dotted, f"{what}: {value}"))
+    model = Path(recipe.model.path)
+    if model.is_absolute() and not (model / "config.json").is_file():
+        problems.append(recipe.problem("model.path", f"no model directory (with config.json): {model}"))
+    start = getattr(recipe.adapter, "start_from", None)
+    if start is not None and not (Path(start) / "adapter_config.json").is_file():
+        problems.append(recipe.problem("adapter.start_from", f"no adapter directory: {start}"))
+    return problems
+
+
+def choose_targets(recipe: Recipe, layers: Sequence[Layer]) -> list[Target]:
+    """The layers that the recipe adapts, each with rank and alpha.
+
+    Raises: RecipeError for targets and patterns that match nothing, and for ranks that do not fit.
+    """
+    section: Any = recipe.adapter
+    chosen, problems = select(layers, section.targets)
+    found = [recipe.problem("adapter.targets", message) for message in problems]
+    if not found:
+        targets, faults = assign(
+            chosen, section.rank, section.alpha, section.rank_pattern, section.alpha_pattern
+        )
+        faults = _adalora_faults(section.init_rank, chosen) if section.method == "adalora" else faults
+        found = [recipe.problem(field, message) for field, message in faults]
+    if found:
+        raise RecipeError(found)
+    return targets
+
+
+def _adalora_faults(init_rank: int, layers: Sequence[Layer]) -> list[tuple[str, str]]:
+    """(field, message) of what AdaLoRA cannot adapt: an embedding, a layer narrower than the initial rank."""
+    if odd := [layer.name for layer in layers if layer.kind == "embedding"]:
+        return [("adapter.targets", f"{odd[0]} is an embedding, which AdaLoRA cannot adapt")]
+    narrow = min(layers, key=lambda layer: min(layer.in_features, layer.out_features))
+    side = min(narrow.in_features, narrow.out_features)
+    if init_rank <= side:
+        return []
+    shape = f"{narrow.out_features} x {narrow.in_features}"
+    message = f"{init_rank} is above the smaller side of {narrow.name} ({shape}); write at most {side}"
+    return [("adapter.init_rank", message)]
+
+
+def check_start(
+    recipe: Recipe,
+    layers: Sequence[Layer],
+    targets: Sequence[Target],
+    scaling: str,
+    whole: Sequence[str],
+    whole_there: Sequence[str],
+) -> list[Problem]:
+    """Where the recipe contradicts the adapter that it starts from; what the recipe leaves out cannot."""
+    section: Any = recipe.adapter
+    found: list[tuple[str, str]] = []
+    there = {target.layer.name: target for target in targets}
+    if recipe.written("adapter.targets"):
+        names = {layer.name for layer in select(layers, section.targets)[0]}
+        if odd := sorted(names ^ there.keys()):
+            found.append(
+                ("adapter.targets", f"not the layers of start_from: {odd[0]} is in one of the two only")
+            )
+    adapted = [target.layer for target in targets]
+    wanted, _ = assign(adapted, section.rank, section.alpha, section.rank_pattern, section.alpha_pattern)
+    fields = (("rank", "rank_pattern", "rank"), ("alpha", "alpha_pattern", "alpha"))
+    for field, pattern, attribute in fields if section.method == "lora" else ():
+        value = recipe.written(f"adapter.{field}")
+        if value in (None, "auto") and not recipe.written(f"adapter.{pattern}"):
+            continue
+        for target in wanted:
+            actual = getattr(there[target.layer.name], attribute)
+            if actual != getattr(target, attribute):
+                message = f"{getattr(target, attribute)}, but start_from has {actual} at {target.layer.name}"
+                found.append((f"adapter.{field}", message))
+                break
+    if section.method == "adalora" and adapted:
+        found += _adalora_faults(section.init_rank, adapted)
+    if recipe.written("adapter.scaling") not in (None, scaling):
+        found.append(("adapter.scaling", f"start_from is {scaling}"))
+    if section.train_also and sorted(whole) != sorted(whole_there):
+        found.append(
+            ("adapter.train_also", f"start_from trained whole: {', '.join(whole_there) or 'nothing'}")
+        )
+    return [recipe.problem(field, message) for field, message in found]
+
+
+def choose_precision(recipe: Recipe, stored: str, hardware: Hardware) -> Decisions:
+    """training.precision and model.dtype.
+
+    Raises: RecipeError when the base is stored in fp16 and the recipe does not say how to hold it.
+    """
+    model, wanted = recipe.model, recipe.training.precision
+    quantized = model.quantize != "none"
+    held = stored if model.dtype == "auto" else model.dtype
+    small = held != "fp32" or quantized
+    if held == "fp16" and recipe.adapter.method != "full":
+        message = "the base is stored in fp16, whose training needs loss scaling; write bf16 or fp32"
+        raise RecipeError([recipe.problem("model.dtype", message)])
+    if wanted != "auto":
+        precision = Decision(wanted, "as the recipe says")
+    elif small and hardware.multiplies_bf16:
+        precision = Decision(
+            "bf16", f"the base is {model.quantize if quantized else held}, the {hardware.device} has bf16"
+        )
+    elif model.dtype == "bf16":
+        precision = Decision(
+            "bf16", "the recipe holds the base in bf16, though this hardware only emulates it"
+        )
+    else:
+        why = f"the base is stored in {held}" if not small else f"this {hardware.device} has no bf16 products"
+        precision = Decision("fp32", why)
+    if recipe.adapter.method == "full":
+        dtype = Decision("fp32", "full fine-tuning updates fp32 weights")
+    elif model.dtype != "auto":
+        dtype = Decision(model.dtype, "as the recipe says")
+    elif precision.value == "fp32" and held != "fp32":
+        dtype = Decision("fp32", f"stored in {held}, but products are computed in fp32")
+    else:
+        dtype = Decision(held, "as stored")
+    return {"training.precision": precision, "model.dtype": dtype}
+
+
+def choose_layout(
+    recipe: Recipe, precision: str, longest: int, dimensions: Dimensions, hardware: Hardware, isolated: str
+) -> Decisions:
+    """How a step is laid out: packing, micro_batch_tokens, gradient_checkpointing, deterministic.
+
+    `isolated` is empty when packed documents were proved not to see each other, else the reason against it.
+    A quarter of the device's memory may hold activations; the answer never depends on how much is free.
+    """
+    training = recipe.training
+    if not recipe.data.packing or recipe.model.attention != "auto":
+        packing = Decision(False, "as the recipe says")
+    elif isolated:
+        packing = Decision(False, f"rows are padded instead of packed: {isolated}")
+    else:
+        packing = Decision(True, "documents in one row were proved not to see each other")
+    width = 2 if precision == "bf16" else 4
+    budget = hardware.memory_bytes // 4
+    room = budget // dimensions.bytes_per_token(False, width)
+    if training.gradient_checkpointing == "auto":
+        fits = longest <= room
+        verb = "fit" if fits else "do not fit"
+        why = f"{longest} tokens, the longest sample, {verb} into a quarter of the memory"
+        checkpointing = Decision(not fits, why)
+    else:
+        checkpointing = Decision(training.gradient_checkpointing, "as the recipe says")
+    if training.micro_batch_tokens == "auto":
+        room = budget // dimensions.bytes_per_token(checkpointing.value, width)
+        cap = 4096 if hardware.device == "cpu" else 16384
+        tokens = max(longest, min(room, cap))
+        why = (
+            "the longest sample"
+            if tokens == longest
+            else "enough to keep the hardware busy"
+            if tokens == cap
+            else ""
+        )
+        micro = Decision(tokens, why or "what a quarter of the memory holds")
+    else:
+        micro = Decision(training.micro_batch_tokens, "as the recipe says")
+    if training.deterministic == "auto":
+        always = hardware.device == "cpu"
+        deterministic = Decision(
+            always, "a CPU repeats its bits" if always else "speed; write true to repeat bits"
+        )
+    else:
+        deterministic = Decision(training.deterministic, "as the recipe says")
+    return {
+        "data.packing": packing,
+        "training.micro_batch_tokens": micro,
+        "training.gradient_checkpointing": checkpointing,
+        "training.deterministic": deterministic,
+    }
+
+
+def choose_data(recipe: Recipe, format_name: str, why: str) -> Decisions:
+    """data.format and task.train_on, once the first row has been seen."""
+    train_on = recipe.task.train_on
+    meaning = TRAIN_ON[format_name] if train_on == "auto" else train_on
+    reason = f"the rows are {format_name}" if train_on == "auto" else "as the recipe says"
+    return {"data.format": Decision(format_name, why), "task.train_on": Decision(meaning, reason)}
+
+
+def count_steps(recipe: Recipe, num_samples: int) -> int:
+    """Optimizer steps of the run."""
+    steps_per_epoch = -(-num_samples // recipe.training.batch_size)
+    return recipe.training.max_steps or steps_per_epoch * recipe.training.epochs
+
+
+def make_plan(recipe: Recipe, num_samples: int, decisions: Decisions) -> Plan:
+    """Steps of the run. Each epoch ends with what is left of its samples, so that every sample counts
+    once."""
+    total = count_steps(recipe, num_samples)
+    warmup = recipe.schedule.warmup
+    warmup_steps = warmup if isinstance(warmup, int) else math.ceil(warmup * total)
+    if warmup_steps > total:
+        message = f"{warmup_steps} steps of warm-up do not fit into the {total} steps of this run"
+        raise RecipeError([recipe.problem("schedule.warmup", message)])
+    adapter: Any = recipe.adapter
+    if adapter.method != "full" and adapter.alpha == "auto" and not adapter.rank_pattern:
+        taken_over = adapter.method == "lora" and adapter.start_from
+        alpha = Decision(2.0 * adapter.rank, "twice the rank")
+        decisions = decisions if taken_over else decisions | {"adapter.alpha": alpha}
+    return Plan(total, warmup_steps, num_samples, decisions)

@@ -1,0 +1,208 @@
+"""pydantic's findings in the words of a recipe: which field, what was expected, what stands there, what was
+meant."""
+
+import json
+from collections.abc import Iterator
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import ValidationError
+
+from lorakit.errors import Problem, did_you_mean
+from lorakit.recipe.adapter import METHOD_SECTIONS
+from lorakit.recipe.section import Section
+from lorakit.recipe.source import Key, Source
+
+
+def key_of(loc: tuple[Any, ...], values: Any) -> Key:
+    """pydantic's location without the names of union members: the path of keys that really stand in the
+    recipe."""
+    path: list[Any] = []
+    for part in loc:
+        inside = (
+            part in values if isinstance(values, dict) else isinstance(part, int) and part < len(values or ())
+        )
+        if inside:
+            path.append(part)
+            values = values[part]
+            if not isinstance(values, dict | tuple | list):
+                break
+    return tuple(path)
+
+
+def explain(error: ValidationError, written: Source, recipe: type[Section]) -> list[Problem]:
+    """One problem per place: pydantic reports one per member of a union, here the deepest of a field
+    counts."""
+    problems: dict[Key, Problem] = {}
+    empty = ("string_too_short", "too_short")  # what every other member of the union says misses the point
+    for item in sorted(error.errors(), key=lambda item: item["type"] not in empty):
+        path, kind = key_of(item["loc"], written.values), item["type"]
+        if kind == "missing" and isinstance(item["loc"][-1], str):
+            path = (*path, item["loc"][-1])
+            message = "required: " + _description(path, recipe)
+        elif kind in ("union_tag_invalid", "union_tag_not_found"):
+            path = (*path, "method")
+            tag, known = _value(path, written), " or ".join(f'"{name}"' for name in METHOD_SECTIONS)
+            message = (
+                f"expected {known}, got {_show(tag)}. {did_you_mean(str(tag), METHOD_SECTIONS)}".rstrip()
+            )
+        elif kind == "extra_forbidden":
+            message = _unknown(path, written, recipe)
+        elif kind in empty:
+            message = "must not be empty"
+        elif path and (found := _field(path, written, recipe)):
+            message = f"expected {_expected(*found)}, got {_show(_value(path, written))}"
+        else:
+            message = str(item["msg"])
+        problems.setdefault(path, Problem(written.place(path), ".".join(map(str, path)), message))
+    deep = {key[:2] for key in problems if len(key) > 2}
+    return [problem for key, problem in problems.items() if key not in deep]
+
+
+def _value(path: Key, written: Source) -> Any:
+    value: Any = written.values
+    for part in path:
+        value = value[part]
+    return value
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, str) and _looks_like_number(value):
+        return f'the text "{value}" (delete the quotes)'
+    if isinstance(value, dict):
+        return "a mapping"
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _looks_like_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _sections(recipe: type[Section]) -> dict[str, tuple[type[Section], ...]]:
+    """Section name -> its types: several for a tagged union such as `adapter`."""
+    found = {}
+    for name, field in recipe.model_fields.items():
+        types = [t for t in _members(field.annotation) if isinstance(t, type) and issubclass(t, Section)]
+        if types:
+            found[name] = tuple(types)
+    return found
+
+
+def _members(annotation: Any) -> Iterator[Any]:
+    if get_origin(annotation) is Annotated:
+        yield from _members(get_args(annotation)[0])
+    elif get_origin(annotation) in (Union, UnionType):
+        for member in get_args(annotation):
+            yield from _members(member)
+    else:
+        yield annotation
+
+
+def _section_of(path: Key, written: Source, recipe: type[Section]) -> tuple[type[Section] | None, str]:
+    """The section type that `path` lies in, and how to call it: `method "lora"`, `section "data"`."""
+    types = _sections(recipe).get(str(path[0]), ())
+    if len(types) <= 1:
+        return (types[0] if types else None), f'section "{path[0]}"'
+    block = written.values.get(str(path[0]))
+    tag = block.get("method", "lora") if isinstance(block, dict) else None
+    return METHOD_SECTIONS.get(str(tag)), f'method "{tag}"'
+
+
+def _unknown(path: Key, written: Source, recipe: type[Section]) -> str:
+    name = str(path[-1])
+    if len(path) == 1:
+        names = [*recipe.model_fields, "extends"]
+        return f"not a section. {did_you_mean(name, names) or 'Sections: ' + ', '.join(names)}".rstrip()
+    section, label = _section_of(path, written, recipe)
+    known = list(section.model_fields) if section else []
+    hint = did_you_mean(name, known)
+    if not hint:
+        method = {section_type: name for name, section_type in METHOD_SECTIONS.items()}
+        homes = [
+            f"{home}.{name}" + (f" of method {method[t]}" if t in method else "")
+            for home, types in sorted(_sections(recipe).items(), key=lambda item: len(item[1]))
+            for t in types
+            if name in t.model_fields and t is not section
+        ]
+        hint = f"It is a field of {homes[0]}." if homes else f"Fields: {', '.join(known)}."
+    return f"not a field of {label}. {hint}"
+
+
+def _field(path: Key, written: Source, recipe: type[Section]) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """(JSON Schema of the field, all definitions) or None when the path is no field of a known section."""
+    if len(path) == 1:
+        if path[0] in _sections(recipe):
+            return {"type": "object"}, {}
+        schema = recipe.model_json_schema()
+    else:
+        section, _ = _section_of(path, written, recipe)
+        if section is None:
+            return {"enum": list(METHOD_SECTIONS)}, {}
+        schema = section.model_json_schema()
+        path = path[1:]
+    field = schema["properties"].get(str(path[0]))
+    for part in path[1:]:
+        field = _inside(field or {}, part)
+    return (field, schema.get("$defs", {})) if field else None
+
+
+def _inside(field: dict[str, Any], part: str | int) -> dict[str, Any] | None:
+    """The schema of an element of a list or of a value of a mapping."""
+    for option in field.get("anyOf", [field]):
+        fixed = option.get("prefixItems", [])
+        if isinstance(part, int) and (part < len(fixed) or "items" in option):
+            inner: dict[str, Any] = fixed[part] if part < len(fixed) else option["items"]
+            return inner
+        if isinstance(part, str) and isinstance(option.get("additionalProperties"), dict):
+            values: dict[str, Any] = option["additionalProperties"]
+            return values
+    return None
+
+
+def _expected(field: dict[str, Any], definitions: dict[str, Any]) -> str:
+    """A JSON Schema in words: `a whole number >= 1 or "auto"`."""
+    if "$ref" in field:
+        return _expected(definitions[field["$ref"].rsplit("/", 1)[-1]], definitions)
+    if "anyOf" in field:
+        return " or ".join(_expected(option, definitions) for option in field["anyOf"])
+    if "const" in field or "enum" in field:
+        return " or ".join(_show(value) for value in field.get("enum", [field.get("const")]))
+    if field.get("minimum") is not None and field.get("minimum") == field.get("maximum"):
+        return str(field["minimum"])
+    words = {
+        "integer": "a whole number",
+        "number": "a number",
+        "string": "text",
+        "boolean": "true or false",
+        "null": "null",
+        "array": "a list",
+        "object": "a mapping",
+    }[field.get("type", "object")]
+    bounds = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+    limits = [f"{sign} {_bound(field[key])}" for key, sign in bounds.items() if key in field]
+    if "prefixItems" in field:
+        words += f" of {len(field['prefixItems'])}"
+    elif "items" in field:
+        words += f" of {_expected(field['items'], definitions)}"
+    if isinstance(field.get("additionalProperties"), dict):
+        words += f" from text to {_expected(field['additionalProperties'], definitions)}"
+    return " ".join([words, " and ".join(limits)]).rstrip()
+
+
+def _bound(number: float) -> str:
+    return f"{number:g}" if abs(number) < 2**53 else f"2**{int(number).bit_length() - 1}"
+
+
+def _description(path: Key, recipe: type[Section]) -> str:
+    if len(path) == 1:
+        field = recipe.model_fields.get(str(path[0]))
+    else:
+        field = next(
+            (t.model_fields.get(str(path[1])) for t in _sections(recipe).get(str(path[0]), ())), None
+        )
+    return " ".join((field.description or "").split()).split(". ")[0] if field else ""

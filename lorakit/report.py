@@ -1,0 +1,177 @@
+"""What a run says about itself: trainable parameters as JSON and Markdown, and the model card of its
+adapter."""
+
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lorakit import __version__
+from lorakit.adapters import Adapter, Role, Trained
+from lorakit.plan import Plan
+from lorakit.recipe import Recipe
+
+
+def parameters(adapter: Adapter, num_base: int) -> dict[str, Any]:
+    """The content of params.json, counted from the trained tensors themselves. `num_base`: parameters of the
+    base."""
+    trained = adapter.trained()
+    full = any(item.role is Role.FULL for item in trained)
+    trainable = sum(item.parameter.numel() for item in trained)
+    total = num_base if full else num_base + trainable
+    return {
+        "total": total,
+        "trainable": trainable,
+        "trainable_percent": 100.0 * trainable / total,
+        "adapter_bytes": {"float32": 4 * trainable, "bfloat16": 2 * trainable},
+        "modules": _modules(adapter, trained),
+    }
+
+
+def _modules(adapter: Adapter, trained: Sequence[Trained]) -> list[dict[str, Any]]:
+    """One entry per adapted layer; then one per module trained whole, with rank 0.
+
+    `rank` is the layer's rank as it is now; where a method changes it, `init_rank` says what was trained.
+    """
+    adapted, ranks = {target.layer.name: target for target in adapter.targets}, adapter.ranks()
+    changes = any(item.role is Role.SCALE for item in trained)
+    counts: dict[str, int] = {}
+    shapes: dict[str, tuple[int, int]] = {}
+    for item in trained:
+        name = item.name.split(".lora_")[0].split(".modules_to_save.")[0]
+        name = name if name in adapted or item.role is Role.HEAD else item.name.rsplit(".", 1)[0]
+        counts[name] = counts.get(name, 0) + item.parameter.numel()
+        if item.parameter.dim() == 2:
+            shapes.setdefault(name, (item.parameter.shape[1], item.parameter.shape[0]))
+    entries = []
+    for name, count in counts.items():
+        target = adapted.get(name)
+        if target:
+            rank, (inner, outer) = ranks[name], (target.layer.in_features, target.layer.out_features)
+        else:
+            rank, (inner, outer) = 0, shapes.get(name, (1, count))
+        entry = {"name": name, "in": inner, "out": outer, "rank": rank, "trainable": count}
+        entries.append(entry | ({"init_rank": target.rank} if target and changes else {}))
+    return entries
+
+
+def as_json(params: dict[str, Any]) -> str:
+    return json.dumps(params, indent=2) + "\n"
+
+
+def parameters_markdown(params: dict[str, Any]) -> str:
+    changes = any("init_rank" in m for m in params["modules"])
+    columns = ["module", "in", "out", "rank", *(["initial rank"] if changes else []), "trainable"]
+    lines = [
+        f"Trainable: {_share(params)} parameters",
+        "",
+        f"| {' | '.join(columns)} |",
+        f"|---{'|---:' * (len(columns) - 1)}|",
+    ]
+    for m in params["modules"]:
+        rank = m["rank"] if m["rank"] or "init_rank" in m else "whole"
+        initial = f" {m.get('init_rank', '')} |" if changes else ""
+        lines.append(f"| {m['name']} | {m['in']:,} | {m['out']:,} | {rank} |{initial} {m['trainable']:,} |")
+    if changes:
+        lines += ["", "Ranks, layer by module:", "", *rank_table(params)]
+    return "\n".join(lines) + "\n"
+
+
+def rank_table(params: dict[str, Any]) -> list[str]:
+    """Markdown lines: a row for every layer number, a column for every module name, the rank in the cell."""
+    cells: dict[str, dict[str, int]] = {}
+    ranks = {_place(module["name"]): module["rank"] for module in params["modules"] if "init_rank" in module}
+    stacks = {stack for stack, _, _ in ranks} - {""}
+    for (stack, layer, name), rank in ranks.items():
+        row = f"{stack}.{layer}" if stack and len(stacks) > 1 else layer
+        cells.setdefault(row, {})[name] = rank
+    names = list(dict.fromkeys(name for row in cells.values() for name in row))
+    rows = [[layer, *(str(row.get(name, "")) for name in names)] for layer, row in cells.items()]
+    sums = ["sum", *(str(sum(row.get(name, 0) for row in cells.values())) for name in names)]
+    head = ["layer", *names]
+    return ["| " + " | ".join(row) + " |" for row in (head, ["---:"] * len(head), *rows, sums)]
+
+
+def _place(name: str) -> tuple[str, str, str]:
+    """("model.layers", "3", "self_attn.q_proj") of model.layers.3.self_attn.q_proj."""
+    parts = name.split(".")
+    numbers = [index for index, part in enumerate(parts) if part.isdigit()]
+    if not numbers:
+        return "", "-", name
+    at = numbers[0]
+    return ".".join(parts[:at]), parts[at], ".".join(parts[at + 1 :])
+
+
+def _share(params: dict[str, Any]) -> str:
+    return f"{params['trainable']:,} of {params['total']:,} ({params['trainable_percent']:.4f} %)"
+
+
+def model_card(recipe: Recipe, plan: Plan, params: dict[str, Any], scores: dict[str, Any]) -> str:
+    """README.md of an adapter or a model. Front matter as the hub reads it; names are quoted as JSON, which
+    YAML is."""
+    path = recipe.model.path
+    name = path.rsplit("/", 1)[-1] if path.startswith("/") else path
+    full = recipe.adapter.method == "full"
+    library, tags = ("transformers", "[lorakit]") if full else ("peft", "[lora, lorakit]")
+    front = ["---", f"base_model: {json.dumps(name)}", f"library_name: {library}", f"tags: {tags}", "---", ""]
+    revision = f", revision `{_code(recipe.model.revision)}`" if recipe.model.revision else ""
+    facts = {
+        "base model": f"`{_code(name)}`{revision}",
+        "quantization of the base": recipe.model.quantize,
+        "method": recipe.adapter.method,
+        "trainable parameters": _share(params),
+        "step": f"{scores['step']} of {plan.total_steps}, {recipe.training.batch_size} samples each",
+        "held-out loss (nats per trained token)": _number(scores["eval_loss"]),
+        "the same before training": _number(scores["base_eval_loss"]),
+        "trained on": f"{plan.num_samples:,} samples, {plan['data.format']}, {plan['task.train_on']}",
+        "seed": recipe.training.seed,
+        "written by": f"lorakit {__version__}",
+    }
+    table = [
+        "| | |",
+        "|---|---|",
+        *(f"| {key} | {value} |" for key, value in facts.items() if value is not None),
+    ]
+    place = "path/to/this/folder" if full else "path/to/the/base/model" if path.startswith("/") else name
+    load = [f"model = AutoModelForCausalLM.from_pretrained({json.dumps(place)})"]
+    if not full:
+        load += ['model = PeftModel.from_pretrained(model, "path/to/this/folder")']
+    imports = ["from transformers import AutoModelForCausalLM"]
+    imports = imports if full else ["from peft import PeftModel", *imports]
+    title = f"# {'A model trained from' if full else 'An adapter for'} {_code(name)}"
+    use = ["## Use", "", "```python", *imports, "", *load, "```"]
+    return "\n".join([*front, title, "", *table, "", *use]) + "\n"
+
+
+def _code(text: str) -> str:
+    return text.replace("`", "").replace("|", "").replace("\n", " ").replace("<", "")
+
+
+def _number(value: float | None) -> str | None:
+    return None if value is None else f"{value:.4f}"
+
+
+def _shortest(path: Path) -> Path:
+    """`path` as a user in the current directory would write it."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
+def summary(folder: Path) -> str:
+    """The end of a training run, in a few lines: losses, place, what to type next."""
+    record = json.loads((folder / "run.json").read_text())
+    product = folder / ("model" if (folder / "model").is_dir() else "adapter")
+    lines = [f"{record['status']} at step {record['step']} of {record['steps']} in {record['seconds']:.1f} s"]
+    if record.get("base_eval_loss") is not None:
+        lines.append(f"held-out loss   {record['base_eval_loss']:.4f} before training")
+    if record.get("best_loss") is not None:
+        lines.append(f"held-out loss   {record['best_loss']:.4f} at step {record['best_step']}, the lowest")
+    lines.append(f"{product.name:<15} {product}")
+    place = _shortest(folder)
+    commands = [f"lorakit generate {shlex.quote(str(place))} -p 'a prompt'"]
+    if product.name == "adapter":
+        merged = shlex.quote(str(place / "merged"))
+        commands.append(f"lorakit merge {shlex.quote(str(place))} --output {merged}")
+    lines += [f"{word:<15} {command}" for word, command in zip(("next", ""), commands, strict=False)]
+    return "\n".join(lines)

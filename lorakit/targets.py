@@ -1,0 +1,154 @@
+"""What a recipe's targets select among a model's layers, and with which rank and alpha. No torch.
+
+A target is a preset, the end of a module path, or a regular expression for the whole path. In: I, out: O,
+rank: R.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from lorakit.errors import did_you_mean
+from lorakit.shapes import Layer
+
+PRESETS = ("all-linear", "attention", "mlp")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A layer with the rank and alpha of its adapter."""
+
+    layer: Layer
+    rank: int
+    alpha: float
+
+
+def matches(pattern: str, name: str) -> bool:
+    """A plain name matches the end of the path, whole parts only; anything else is a regular expression for
+    all of it."""
+    if re.fullmatch(r"[\w.\-]+", pattern):
+        return name == pattern or name.endswith("." + pattern)
+    return re.fullmatch(pattern, name) is not None
+
+
+def bad_pattern(pattern: str) -> str:
+    """Why `pattern` is no regular expression, or the empty string."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return f'"{pattern}" is no regular expression: {error}'
+    return "" if len(pattern) <= 500 else "a pattern of more than 500 characters"
+
+
+def is_attention(name: str) -> bool:
+    return any("attn" in part.lower() or "attention" in part.lower() for part in name.split("."))
+
+
+def _in_preset(preset: str, layer: Layer) -> bool:
+    if layer.kind == "embedding" or layer.role:
+        return False
+    if preset == "attention":
+        return is_attention(layer.name)
+    if preset == "mlp":  # what is left of a decoder block: its path has a number
+        return not is_attention(layer.name) and any(part.isdigit() for part in layer.name.split("."))
+    return True
+
+
+def select(layers: Sequence[Layer], targets: str | Sequence[str]) -> tuple[list[Layer], list[str]]:
+    """(the layers that `targets` names, in model order; what is wrong with `targets`, empty when nothing
+    is)."""
+    wanted = [targets] if isinstance(targets, str) else list(targets)
+    chosen: dict[str, Layer] = {}
+    problems = []
+    for pattern in wanted:
+        if pattern in PRESETS:
+            found = [layer for layer in layers if _in_preset(pattern, layer)]
+        elif reason := bad_pattern(pattern):
+            problems.append(reason)
+            continue
+        else:
+            found = [layer for layer in layers if matches(pattern, layer.name)]
+        if not found:
+            problems.append(f'"{pattern}" matches nothing. {candidates(layers, pattern)}')
+        chosen.update({layer.name: layer for layer in found})
+    return [layer for layer in layers if layer.name in chosen], problems
+
+
+QUANTIZED = "is quantized and cannot be trained whole; adapt it instead"
+TIED = "shares its weights with the other end of the model; adapt it instead (targets)"
+
+
+def select_whole(
+    modules: Sequence[str], patterns: Iterable[str], refusal: Callable[[str], str]
+) -> tuple[list[str], list[str]]:
+    """(those of `modules` that `patterns` name, to be trained whole; what is wrong with the patterns).
+
+    `modules`: all that have parameters. `refusal`: why a module cannot be trained whole, or the empty string.
+    """
+    chosen: list[str] = []
+    problems = []
+    for pattern in patterns:
+        if reason := bad_pattern(pattern):
+            problems.append(reason)
+            continue
+        found = [name for name in modules if matches(pattern, name)]
+        if not found:
+            problems.append(f'"{pattern}" matches no module with parameters')
+        problems += [f"{name} {reason}" for name in found if (reason := refusal(name))]
+        chosen += [name for name in found if name not in chosen]
+    return chosen, problems
+
+
+def candidates(layers: Iterable[Layer], pattern: str = "") -> str:
+    """The distinct last names of `layers`: what a user can choose from."""
+    names = list(dict.fromkeys(layer.name.rsplit(".", 1)[-1] for layer in layers))
+    return f"{did_you_mean(pattern, names)} Layers of this model: {', '.join(names)}".strip()
+
+
+def assign(
+    layers: Sequence[Layer],
+    rank: int,
+    alpha: float | Literal["auto"],
+    rank_pattern: Mapping[str, int],
+    alpha_pattern: Mapping[str, float],
+) -> tuple[list[Target], list[tuple[str, str]]]:
+    """(each layer with its rank and alpha; problems as (field, message)).
+
+    alpha "auto" is twice the layer's own rank. A pattern that matches none of the adapted layers is a
+    problem, and so is a rank above a layer's smaller side, where B A could not have that rank.
+    """
+    problems: list[tuple[str, str]] = []
+    for field, patterns in (("adapter.rank_pattern", rank_pattern), ("adapter.alpha_pattern", alpha_pattern)):
+        for pattern in patterns:
+            reason = bad_pattern(pattern)
+            if not reason and not any(matches(pattern, layer.name) for layer in layers):
+                reason = f'"{pattern}" matches none of the adapted layers. {candidates(layers, pattern)}'
+            if reason:
+                problems.append((field, reason))
+    if problems:
+        return [], problems
+    found = []
+    sides: dict[str, int] = {}  # last name of the layers that are too narrow -> the smallest of their sides
+    first: Target | None = None
+    for layer in layers:
+        ranks = [value for pattern, value in rank_pattern.items() if matches(pattern, layer.name)]
+        alphas = [value for pattern, value in alpha_pattern.items() if matches(pattern, layer.name)]
+        own_rank = ranks[-1] if ranks else rank
+        own_alpha = alphas[-1] if alphas else (2.0 * own_rank if alpha == "auto" else alpha)
+        target = Target(layer, own_rank, own_alpha)
+        found.append(target)
+        side = min(layer.in_features, layer.out_features)
+        if own_rank > side:
+            name = layer.name.rsplit(".", 1)[-1]
+            sides[name] = min(side, sides.get(name, side))
+            first = first or target
+    if first is not None:
+        cure = {name: value for name, value in rank_pattern.items() if name not in sides} | sides
+        line = ", ".join(f"{name}: {value}" for name, value in cure.items())
+        shape = f"{first.layer.out_features} x {first.layer.in_features}"
+        message = f"{first.rank} is above the smaller side of {first.layer.name} ({shape}); write adapter."
+        by_pattern = any(matches(pattern, first.layer.name) for pattern in rank_pattern)
+        field = "adapter.rank_pattern" if by_pattern else "adapter.rank"
+        problems.append((field, message + "rank_pattern: {" + line + "}"))
+    return found, problems

@@ -1,0 +1,66 @@
+"""All that is wrong with a recipe as far as the files on this machine tell. No torch, no network.
+
+Not here: the grammar (recipe), and what only the loaded model or the tokens can show (train).
+"""
+
+import shlex
+from importlib.util import find_spec
+from pathlib import Path
+
+from lorakit import model_files, shipped
+from lorakit.errors import LorakitError, Problem, RecipeError
+from lorakit.plan import check, choose_targets
+from lorakit.recipe import Recipe
+
+
+def problems_of(recipe: Recipe) -> list[Problem]:
+    """What is wrong with a recipe apart from its grammar: missing files, and targets that the model lacks."""
+    return [*check(recipe), *_of_targets(recipe)]
+
+
+def _of_targets(recipe: Recipe) -> tuple[Problem, ...]:
+    """Targets, patterns and ranks that do not fit the model, where its config.json is here and its type in
+    the table of shapes.py.
+
+    An adapter that the training starts from brings targets of its own; a model's own code, layers.
+    """
+    model, section = recipe.model, recipe.adapter
+    folder = Path(model.path)
+    if section.method == "full" or section.start_from is not None or model.trust_remote_code:
+        return ()
+    if not (folder.is_absolute() and (folder / "config.json").is_file()):
+        return ()
+    try:
+        if shapes := model_files.shapes_from_table(folder):
+            choose_targets(recipe, shapes.layers)
+    except RecipeError as error:
+        return error.problems
+    except LorakitError as error:
+        return (recipe.problem("model.path", error.message),)
+    return ()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A call of train
+
+
+def check_call(recipe: Recipe, trust_remote_code: bool) -> None:
+    """Raises: LorakitError for what is wrong with a recipe and its call before anything is loaded."""
+    shipped.check_not_installed(recipe.file)
+    if recipe.model.trust_remote_code != trust_remote_code:
+        both = "model.trust_remote_code: true in the recipe and --trust-remote-code on the command line"
+        raise LorakitError(f"running a model's own code needs both: {both}")
+    if problems := problems_of(recipe):
+        raise RecipeError(problems)
+    if recipe.log.trackers and find_spec("tensorboard") is None:
+        raise LorakitError("log.trackers: tensorboard is not installed", "pip install 'lorakit[trackers]'")
+
+
+def check_place(recipe: Recipe, resume: str, output: Path) -> None:
+    """Raises: LorakitError for the resolved.yaml of a run that was moved: its output is where the run was."""
+    home = recipe.file.absolute().parent
+    moved = recipe.file.name == "resolved.yaml" and (home / "run.json").exists() and home != output
+    if resume == "auto" and moved:
+        file, place = shlex.quote(str(recipe.file)), shlex.quote(str(home))
+        hint = f"If the run was moved: lorakit train {file} --resume auto --output {place}"
+        raise LorakitError(f"{recipe.file} lies in a run, but its output is {output}", hint)

@@ -1,0 +1,34 @@
+"""The commands that a run tells its user to type."""
+
+import re
+import shlex
+from pathlib import Path
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words of every `lorakit ...` in `text`, as a shell would read them."""
+    return [
+        shlex.split(found) for found in re.findall(r"(?:^|\s)(lorakit (?:train|generate|merge) .*)", text)
+    ]
+
+
+def test_paths_with_a_blank_are_quoted_wherever_a_command_is_shown(
+    write_recipe, cli, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = write_recipe(training={"max_steps": 1, "batch_size": 1})
+    code, out, err = cli("train", recipe, "--output", "my run")
+    assert code == 0, err
+    assert commands(out) == [
+        ["lorakit", "generate", "my run", "-p", "a prompt"],
+        ["lorakit", "merge", "my run", "--output", "my run/merged"],
+    ]
+    run = tmp_path / "my run"
+    assert commands(cli("train", recipe, "--output", "my run")[2]) == [
+        ["lorakit", "train", str(run / "resolved.yaml"), "--resume", "auto"],
+        ["lorakit", "train", "RECIPE", "--output", f"{run}-2"],
+    ]
+    moved = run.rename(tmp_path / "your run")
+    assert commands(cli("train", "your run/resolved.yaml", "--resume", "auto")[2]) == [
+        ["lorakit", "train", "your run/resolved.yaml", "--resume", "auto", "--output", str(moved)]
+    ]
