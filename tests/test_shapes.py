@@ -235,7 +235,7 @@ def test_a_wrong_value_is_named_with_its_file_and_key(more: dict[str, Any], word
     ("text", "words"),
     [
         ("{", "not JSON"),
-        ("[]", "model_type is missing"),
+        ("[]", "expected a JSON object"),
         ('{"hidden_size": 4}', "model_type is missing"),
         ('{"model_type": "no-such-type"}', "no model can be made of it"),
         ('{"model_type": "phi", "hidden_size": "wide"}', "no model can be made of it"),
