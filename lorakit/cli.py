@@ -105,18 +105,32 @@ def validate(
 def preview(
     recipe: RecipeFile,
     set_: Overrides = None,
-    number: Annotated[int, typer.Option("-n", min=1, help="How many samples to show.")] = 3,
+    number: Annotated[
+        int,
+        typer.Option("-n", min=1, metavar="N", help="Samples. 1: the first; else longest, shortest, random."),
+    ] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable, with token ids.")] = False,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a page for a browser, instead of text.")
+    ] = None,
 ) -> None:
     """Show the exact tokens of samples, and which are trained.
 
-    With an account of where every row went.
+    With an account of where every row went. Samples come in the order of their rows; no weights are loaded.
     """
     loaded = _load(recipe, set_, Path("."))
+    from lorakit import preview_html
     from lorakit.preview import preview as look
 
+    if html is not None:
+        preview_html.check_place(html)
     found = look(loaded, number)
-    typer.echo(json.dumps(found.as_dict()) if as_json else found.as_text())
+    if html is not None:
+        preview_html.write(html, preview_html.page(found))
+    if as_json:
+        typer.echo(json.dumps(found.as_dict()))
+    elif html is None:
+        found.show()
 
 
 @app.command("count-params")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.data import MicroBatch
+from lorakit.micro_batch import MicroBatch
 
 
 @torch.no_grad()

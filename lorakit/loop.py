@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.adapters import Adapter
-from lorakit.data import MicroBatch
 from lorakit.data.batches import Step
 from lorakit.errors import RunError
+from lorakit.micro_batch import MicroBatch
 from lorakit.optim import set_lr
 
 Outcome = Literal["finished", "stopped early", "interrupted"]

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.errors import Problem, RecipeError
-from lorakit.recipe import Recipe, is_hub_id
+from lorakit.recipe import Recipe
+from lorakit.recipe.data import files_of, sources
 from lorakit.recipe.task import TRAIN_ON
 from lorakit.shapes import Layer
 from lorakit.targets import Target, assign, select
@@ -72,12 +73,12 @@ def check(recipe: Recipe) -> list[Problem]:
     """What is wrong with a recipe apart from its grammar, found without opening a model: files that are not
     there."""
     problems = []
-    for dotted in ("data.train", "data.eval"):
-        section, _, field = dotted.partition(".")
-        value = getattr(getattr(recipe, section), field)
-        if value is not None and not (is_hub_id(value) or Path(value).is_file()):
-            what = "a directory; give one file" if Path(value).is_dir() else "no such file"
-            problems.append(recipe.problem(dotted, f"{what}: {value}"))
+    for dotted, value in (("data.train", recipe.data.train), ("data.eval", recipe.data.eval)):
+        for source in () if value is None or isinstance(value, float) else sources(value, None):
+            try:
+                files_of(source.path) if source.is_local else None
+            except ValueError as error:
+                problems.append(recipe.problem(dotted, str(error)))
     model = Path(recipe.model.path)
     if model.is_absolute() and not (model / "config.json").is_file():
         problems.append(recipe.problem("model.path", f"no model directory (with config.json): {model}"))

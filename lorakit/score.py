@@ -16,6 +16,7 @@ from lorakit import base_model, data, model_files, runs, tasks
 from lorakit.data.batches import Batches
 from lorakit.data.formats import FIELDS, BadRow, rename
 from lorakit.data.prompts import Question, questions
+from lorakit.data.reading import shown_sources
 from lorakit.data.render import check_tokenizer
 from lorakit.data.rows import read_rows
 from lorakit.decoding import Settings, answer, context_of
@@ -23,8 +24,8 @@ from lorakit.devices import autocast_for, pick_device
 from lorakit.errors import LorakitError
 from lorakit.evaluate import evaluate
 from lorakit.generate import open_to_ask
-from lorakit.recipe import is_hub_id, load_recipe
-from lorakit.recipe.data import Data
+from lorakit.recipe import Recipe, is_hub_id, load_recipe
+from lorakit.recipe.data import Data, Rows, files_of, sources
 from lorakit.recipe.model import Model
 from lorakit.recipe.task import CausalLm
 from lorakit.saved import Opened, Saved, base_section, check_base, find
@@ -91,7 +92,7 @@ class Scores:
 class HeldOut:
     """What every model is scored on, and how."""
 
-    source: str
+    name: str  # of the data, as a user would type it
     rows: data.Loaded
     task: tasks.Task
     questions: list[Question] | None  # None: exact match was not asked for
@@ -115,9 +116,9 @@ def score(
     """
     saved = find(place)
     merged = _find_merged(saved, merged)
-    source, section, task = choose_rows(saved, file, overrides)
+    chosen = choose_rows(saved, file, overrides)
     with listen():  # a Ctrl-C is never dropped
-        held_out, precision, before, trained = _score_opened(saved, base, source, section, task, exact_match)
+        held_out, precision, before, trained = _score_opened(saved, base, chosen, exact_match)
         if file is None and not overrides:
             _check_same_rows(saved, held_out)
         if before is None:
@@ -131,7 +132,7 @@ def score(
     if not trained.loss <= before.loss:  # also where it is no number
         say(f"warning: the {name} is worse than the base: loss {trained.loss:.4f} against {before.loss:.4f}")
     return Scores(
-        data=source,
+        data=held_out.name,
         num_rows=len(held_out.rows.tokens),
         num_tokens=int(held_out.rows.tokens.num_targets.sum()),
         num_prompts=None if held_out.questions is None else len(held_out.questions),
@@ -146,9 +147,19 @@ def score(
 # The rows
 
 
-def choose_rows(saved: Saved, file: str | None, overrides: Sequence[str]) -> tuple[str, Data, CausalLm]:
-    """(where the rows are, how to read them, which tokens count): as the run's recipe says, with another
-    file read as what it is; without a run, by the defaults.
+@dataclass(frozen=True)
+class Chosen:
+    """Where the rows are, how to read them, which tokens count."""
+
+    value: Rows
+    section: Data
+    task: CausalLm
+    share: tuple[float, int] | None = None  # (share, seed): held out of the training rows by the run itself
+
+
+def choose_rows(saved: Saved, file: str | None, overrides: Sequence[str]) -> Chosen:
+    """The held-out rows as the run's recipe says, another file read as what it is; without a run, by the
+    defaults.
 
     Raises: LorakitError when there are no held-out rows, or an override has no effect on a score.
     """
@@ -160,7 +171,7 @@ def choose_rows(saved: Saved, file: str | None, overrides: Sequence[str]) -> tup
             )
         if overrides:
             raise LorakitError(f"--set changes the recipe of a run, and {saved.folder} lies in none")
-        return source, Data(train=source, on_long="truncate"), CausalLm()
+        return Chosen(source, Data(train=source, on_long="truncate"), CausalLm())
     for override in overrides:
         if not override.startswith(_CHANGEABLE):
             known = ", ".join(_CHANGEABLE)
@@ -168,22 +179,27 @@ def choose_rows(saved: Saved, file: str | None, overrides: Sequence[str]) -> tup
     recipe = load_recipe(saved.run / "resolved.yaml", overrides)
     section, task = recipe.data, recipe.task
     if source is None:
-        if section.eval is None:
-            raise LorakitError(
-                f"{saved.run} was trained without held-out rows (data.eval)", "Add --data FILE"
-            )
-        if not (_is_hub(section.eval) or Path(section.eval).is_file()):
-            raise LorakitError(
-                f"the held-out rows are not where they were: {section.eval}", "Add --data FILE"
-            )
-        return section.eval, section, task
+        return _of_the_run(saved, recipe)
     if not any(override.startswith("data.limit") for override in overrides):
         section = section.model_copy(update={"limit": None})
     told = any(override.startswith(("data.format", "data.columns")) for override in overrides)
     if not (told or _is_of(source, section)):
-        section = section.model_copy(update={"format": "auto", "columns": {}})
+        section = section.model_copy(update={"format": "auto", "columns": {}, "header": None})
         task = task.model_copy(update={"train_on": "auto"})
-    return source, section, task
+    return Chosen(source, section.model_copy(update={"streaming": False}), task)
+
+
+def _of_the_run(saved: Saved, recipe: Recipe) -> Chosen:
+    section = recipe.data.model_copy(update={"streaming": False})
+    if section.eval is None:
+        raise LorakitError(f"{saved.run} was trained without held-out rows (data.eval)", "Add --data FILE")
+    share = section.eval if isinstance(section.eval, float) else None
+    value = section.train if isinstance(section.eval, float) else section.eval
+    try:
+        _ = [files_of(source.path) for source in sources(value, None) if source.is_local]
+    except ValueError as error:
+        raise LorakitError(f"the held-out rows are not where they were: {error}", "Add --data FILE") from None
+    return Chosen(value, section, recipe.task, None if share is None else (share, recipe.training.seed))
 
 
 def _is_hub(source: str) -> bool:
@@ -193,6 +209,8 @@ def _is_hub(source: str) -> bool:
 def _is_of(source: str, section: Data) -> bool:
     """Whether the first row has the fields of the section's format."""
     first = next(read_rows(source, 1), None)
+    if section.format == "auto":
+        return False
     if first is None or first.value is None:
         return True
     try:
@@ -202,33 +220,35 @@ def _is_of(source: str, section: Data) -> bool:
     return all(field in fields for field in FIELDS[section.format])
 
 
-def _load(
-    saved: Saved, opened: Opened, source: str, section: Data, task: CausalLm, exact_match: bool
-) -> HeldOut:
-    tokenizer = opened.tokenizer
+def _load(saved: Saved, opened: Opened, chosen: Chosen, exact_match: bool) -> HeldOut:
+    tokenizer, section, task = opened.tokenizer, chosen.section, chosen.task
     check_tokenizer(tokenizer, opened.base.model.get_input_embeddings().weight.shape[0])
     if saved.run is None:  # nobody said how long rows may be: as long as the model reads
         section = section.model_copy(update={"max_length": context_of(opened) or section.max_length})
-    rows = data.load(source, section, tokenizer, task.train_on)
-    scored = rows.tokens.num_targets.sum()
-    say(f"held out  {rows.account}; {len(rows.tokens.ids):,} tokens, {scored:,} scored ({rows.format})")
+    rows = data.load(chosen.value, section, tokenizer, task.train_on)
+    if chosen.share is not None:
+        rows = data.hold_out(rows, *chosen.share)[1]
+    tokens = rows.tokens
+    counted = f"{tokens.num_tokens:,} tokens, {tokens.num_trained:,} scored"
+    say(f"held out  {rows.account}; {counted} ({rows.format})")
     asked = None
     if exact_match:
-        found = questions(source, section, rows.format, tokenizer, frozenset(rows.tokens.places))
+        found = questions(chosen.value, section, tokenizer, frozenset(rows.tokens.places))
         context = context_of(opened) or math.inf
         asked = [question for question in found if len(question.prompt) < context]
         if not asked:
             raise LorakitError("--exact-match: no row has a prompt that leaves room for an answer")
     decided = runs.read_record(saved.run).get("decisions", {}) if saved.run else {}
     budget = decided.get("training.micro_batch_tokens", {}).get("value", _MICRO_BATCH_TOKENS)
-    return HeldOut(source, rows, tasks.build(task), asked, tokenizer, min(budget, _MICRO_BATCH_TOKENS))
+    name = shown_sources(chosen.value)
+    return HeldOut(name, rows, tasks.build(task), asked, tokenizer, min(budget, _MICRO_BATCH_TOKENS))
 
 
 def _check_same_rows(saved: Saved, held_out: HeldOut) -> None:
     assert saved.run is not None
     before = runs.read_record(saved.run).get("fingerprints", {}).get("eval")
     if before not in (None, held_out.rows.tokens.fingerprint()):
-        say(f"warning: {held_out.source} has other rows than when {saved.run} was trained")
+        say(f"warning: {held_out.name} has other rows than when {saved.run} was trained")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -236,12 +256,12 @@ def _check_same_rows(saved: Saved, held_out: HeldOut) -> None:
 
 
 def _score_opened(
-    saved: Saved, base: str | None, source: str, section: Data, task: CausalLm, exact_match: bool
+    saved: Saved, base: str | None, chosen: Chosen, exact_match: bool
 ) -> tuple[HeldOut, str, Score | None, Score]:
     """(the rows, the precision, the base's score, the score of what was trained); full fine-tuning's model
     holds no base."""
     opened = open_to_ask(saved, None if saved.full else base)
-    held_out = _load(saved, opened, source, section, task, exact_match)
+    held_out = _load(saved, opened, chosen, exact_match)
     if opened.adapter is None:
         return held_out, opened.precision, None, _score(opened, held_out, "model")
     with opened.adapter.disabled():

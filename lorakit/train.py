@@ -5,43 +5,21 @@ All ranks of a torchrun walk through here alike; rank 0 alone writes. Whatever a
 before step 0.
 """
 
-import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import Tensor
 
-from lorakit import base_model, data, loop, model_files, optim, report, runs, tasks
-from lorakit.adapters import Adapter, attach
-from lorakit.base_model import Base
-from lorakit.data.batches import Batches
-from lorakit.data.render import check_tokenizer
-from lorakit.devices import agree, autocast_for, describe, hardware_of, on_rank_0, start_ranks
-from lorakit.errors import Interrupted, RecipeError, RunError, out_of_memory
+from lorakit import base_model, loop, optim, runs
+from lorakit.data.batches import StreamEnded
+from lorakit.devices import on_rank_0, start_ranks
+from lorakit.errors import Interrupted, RunError, out_of_memory
 from lorakit.evaluate import evaluate
-from lorakit.kernels import attention
-from lorakit.layers import dimensions, num_parameters, whole_modules
-from lorakit.plan import (
-    Decision,
-    Decisions,
-    Plan,
-    check_start,
-    choose_data,
-    choose_layout,
-    choose_precision,
-    choose_targets,
-    count_steps,
-    make_plan,
-)
+from lorakit.prepare import batches_of, facts_of, prepare
 from lorakit.recipe import Recipe, load_recipe
 from lorakit.signals import Stop, listen
-from lorakit.targets import Target
 from lorakit.terminal import say
 from lorakit.validate import check_call, check_place
 from lorakit.writer import Writer, announce, begin, continue_from, disk_needed, product, restore, with_rows
@@ -84,50 +62,6 @@ def train(recipe: Recipe | str | Path, resume: str = "never", trust_remote_code:
     return output
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """All that stands before step 0."""
-
-    tokenizer: Any
-    rows: data.Loaded
-    held_out: data.Loaded | None
-    base: Base
-    adapter: Adapter
-    autocast: Callable[[], AbstractContextManager[Any]]
-    plan: Plan
-    params: dict[str, Any]  # the content of params.json
-
-
-def prepare(recipe: Recipe, record: dict[str, Any], ranks: Accelerator) -> Prepared:
-    """Tokens, model, adapter and plan. `record` is run.json of the run to continue: what it decided holds."""
-    # Data first: a bad row costs seconds to find, a model minutes to load.
-    folder = model_files.locate(recipe.model)
-    tokenizer = base_model.load_tokenizer(folder, recipe.model, recipe.data.chat_template)
-    rows, held_out = load_rows(recipe, tokenizer)
-
-    hardware = hardware_of(ranks.device)
-    decisions = {name: Decision(**d) for name, d in record.get("decisions", {}).items()}
-    if not decisions:
-        decisions = agree(ranks, choose_precision(recipe, model_files.stored_dtype(folder), hardware))
-    precision = decisions["training.precision"].value
-    base = load_base(recipe, folder, tokenizer, decisions["model.dtype"].value, ranks.device)
-    data.check_context(base.config.to_dict(), base.layers, rows, held_out)
-    num_base = num_parameters(base.model, base.layers)
-    adapter = attach_adapter(recipe, base, count_steps(recipe, len(rows.tokens)))
-    autocast = autocast_for(precision, ranks.device)
-
-    if "data.packing" not in decisions:
-        longest = max(int(part.tokens.lengths.max()) for part in (rows, held_out) if part)
-        isolated = isolation(recipe, base, longest, autocast)
-        shape = dimensions(base.config)
-        layout = choose_layout(recipe, precision, longest, shape, hardware, isolated)
-        decisions = agree(ranks, decisions | choose_data(recipe, rows.format, rows.why) | layout)
-    settle(base.model, decisions, ranks.device)
-    plan = make_plan(recipe, len(rows.tokens), decisions)
-    params = report.parameters(adapter, num_base)
-    return Prepared(tokenizer, rows, held_out, base, adapter, autocast, plan, params)
-
-
 def _train(
     recipe: Recipe,
     resume: str,
@@ -153,18 +87,10 @@ def _train(
     announce(recipe, plan, ready.params, ready.base.experts, output)
 
     # What the loop calls: pure functions of a step, and sums over ranks.
-    task = tasks.build(recipe.task)
-
-    def batches_over(rows: data.Loaded) -> Batches:
-        return Batches(
-            rows.tokens,
-            batch_size=recipe.training.batch_size,
-            seed=recipe.training.seed,
-            micro_batch_tokens=plan["training.micro_batch_tokens"],
-            packing=plan["data.packing"],
-            rank=ranks.process_index,
-            num_ranks=ranks.num_processes,
-        )
+    batches, held_out = batches_of(ready, recipe, ranks)
+    stream = ready.rows.stream
+    if stream:
+        stream.open_journal(output / "stream.jsonl", writes=run is not None)
 
     def lr_at(step: int) -> float:
         name, peak = recipe.schedule.name, recipe.optimizer.lr
@@ -175,9 +101,10 @@ def _train(
         return summed
 
     def held_out_loss() -> dict[str, float]:
-        assert ready.held_out is not None
-        micros = batches_over(ready.held_out).every_sample()
-        return evaluate(ready.base.model, task.loss_sum, micros, ranks.device, ready.autocast, all_ranks_sum)
+        assert held_out is not None
+        micros = held_out.every_sample()
+        loss_sum = ready.task.loss_sum
+        return evaluate(ready.base.model, loss_sum, micros, ranks.device, ready.autocast, all_ranks_sum)
 
     writer = Writer(
         run=run,
@@ -199,10 +126,10 @@ def _train(
                 model=ranks.prepare(ready.base.model),
                 adapter=adapter,
                 optimizer=optimizer,
-                loss_sum=task.loss_sum,
-                batch_at=batches_over(ready.rows).at,
+                loss_sum=ready.task.loss_sum,
+                batch_at=batches.at,
                 lr_at=lr_at,
-                evaluate=held_out_loss if ready.held_out else None,
+                evaluate=held_out_loss if held_out else None,
                 observer=writer,
                 state=state,
                 cadence=loop.Cadence(
@@ -223,7 +150,12 @@ def _train(
                 stop_requested=lambda: stop.requested,
             )
         except loop.NotFinite as error:
-            raise with_rows(error, ready.rows.tokens, output) from None
+            raise with_rows(error, batches.data, output) from None
+        except StreamEnded:  # what was trained until here is not lost
+            writer.checkpoint(state)
+            raise
+    if stream and run:
+        run.update(rows=stream.rows())
     writer.close(outcome, state)
     return outcome
 
@@ -245,114 +177,3 @@ def as_told(error: BaseException, output: Path, ranks: Accelerator) -> BaseExcep
     if not ranks.is_main_process and isinstance(error, RuntimeError) and "closed by peer" in str(error):
         return RunError("another process of this run failed; its message says why")
     return error
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Before the model
-
-
-def load_rows(recipe: Recipe, tokenizer: Any) -> tuple[data.Loaded, data.Loaded | None]:
-    """Training rows and held-out rows as tokens, with a line on each."""
-    check_tokenizer(tokenizer)
-    train_on = recipe.task.train_on
-    rows = data.load(recipe.data.train, recipe.data, tokenizer, train_on)
-    say(f"data      {rows.account}; {len(rows.tokens.ids):,} tokens, {rows.tokens.weights.sum():,} trained")
-    if recipe.data.eval is None:
-        return rows, None
-    same_format = recipe.data.model_copy(update={"format": rows.format})
-    held_out = data.load(recipe.data.eval, same_format, tokenizer, train_on)
-    scored = held_out.tokens.weights.sum()
-    say(f"held out  {held_out.account}; {len(held_out.tokens.ids):,} tokens, {scored:,} scored")
-    return rows, held_out
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Model and adapter
-
-
-def load_base(recipe: Recipe, folder: Path, tokenizer: Any, dtype: str, device: torch.device) -> Base:
-    began = time.perf_counter()
-    base = base_model.load(folder, recipe.model, tasks.build(recipe.task).model_class, dtype, device)
-    if recipe.model.quantize == "none":
-        base.model.to(device)
-    check_tokenizer(tokenizer, base.model.get_input_embeddings().num_embeddings)
-    held = dtype if recipe.model.quantize == "none" else f"{recipe.model.quantize}, the rest {dtype}"
-    say(f"model     {recipe.model.path} in {held}, loaded in {time.perf_counter() - began:.1f} s")
-    return base
-
-
-def attach_adapter(recipe: Recipe, base: Base, total_steps: int) -> Adapter:
-    """The adapter of the recipe on the model, new or continued from `start_from`."""
-    section: Any = recipe.adapter
-    seed = recipe.training.seed
-    if section.method == "full":
-        return attach(section, base.model, [], seed, stored_config=base.config)
-    planned = {"total_steps": total_steps} if section.method == "adalora" else {}
-    whole, problems = whole_modules(base.model, section.train_also)
-    if problems:
-        raise RecipeError(recipe.problem("adapter.train_also", message) for message in problems)
-    if section.start_from is None:
-        targets = choose_targets(recipe, base.layers)
-        return attach(section, base.model, targets, seed, train_also=whole, **planned)
-    from lorakit.adapters.lora import read_adapter
-
-    there = read_adapter(Path(section.start_from), base.layers)
-    if not there.factors:
-        raise RecipeError([recipe.problem("adapter.start_from", "it adapts no layer")])
-    if found := check_start(recipe, base.layers, there.targets, there.scaling, whole, there.train_also):
-        raise RecipeError(found)
-    if section.method == "adalora":
-        alpha = 2.0 * section.init_rank if section.alpha == "auto" else section.alpha
-        targets = [Target(target.layer, section.init_rank, alpha) for target in there.targets]
-        adapter = attach(section, base.model, targets, seed, train_also=there.train_also, **planned)
-        adapter.continue_from(there.factors, there.whole)  # type: ignore[attr-defined]
-        return adapter
-    section = section.model_copy(update={"scaling": there.scaling})
-    adapter = attach(section, base.model, there.targets, seed, train_also=there.train_also)
-    adapter.load_state(there.tensors)
-    return adapter
-
-
-def isolation(
-    recipe: Recipe, base: Base, longest: int, autocast: Callable[[], AbstractContextManager[Any]]
-) -> str:
-    """Empty when packed documents were proved not to see each other in this model, else why rows are padded.
-
-    `longest`: tokens of the longest sample, which a window that only the model's mask knows must not cut.
-    """
-    if not recipe.data.packing or recipe.model.attention != "auto":
-        return ""
-    text = base.config.get_text_config()
-    shape = dimensions(base.config)
-    window = getattr(text, "sliding_window", None) or getattr(text, "attention_chunk_size", None)
-    with autocast():
-        return attention.prove_isolation(
-            base.model, shape.num_layers, shape.vocabulary, bool(base.experts), window or 0, longest
-        )
-
-
-def settle(model: Any, decisions: Decisions, device: torch.device) -> None:
-    """Put the model into the state that was decided."""
-    if decisions["data.packing"].value:
-        attention.register()
-        model.set_attn_implementation(attention.NAME)
-    if decisions["training.gradient_checkpointing"].value:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    if decisions["training.deterministic"].value and device.type == "cuda":
-        torch.use_deterministic_algorithms(True)
-
-
-def facts_of(ready: Prepared, ranks: Accelerator) -> dict[str, Any]:
-    """What run.json says of rows, model and machine; some must be the same for a run to continue."""
-    rows, held_out = ready.rows, ready.held_out
-    return {
-        "fingerprints": {
-            "model": ready.base.fingerprint,
-            "train": rows.tokens.fingerprint(),
-            "eval": held_out.tokens.fingerprint() if held_out else None,
-        },
-        "num_ranks": ranks.num_processes,
-        "device": describe(ranks.device),
-        "rows": rows.account.rows(),
-        "eval_rows": held_out.account.rows() if held_out else None,
-    }

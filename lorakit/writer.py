@@ -21,7 +21,7 @@ from accelerate import Accelerator
 
 from lorakit import __version__, checkpoint, optim, report, runs
 from lorakit.adapters import Adapter
-from lorakit.data import TokenData
+from lorakit.data.tokens import TokenData
 from lorakit.devices import peak_bytes
 from lorakit.errors import LorakitError, RunError
 from lorakit.loop import NotFinite, TrainState
@@ -132,7 +132,7 @@ def announce(
         say(f"auto      {name}: {decision.value} ({decision.why})")
     batch_size = recipe.training.batch_size
     uneven = "up to " if plan.num_samples % batch_size else ""
-    if batch_size > plan.num_samples:
+    if 0 < plan.num_samples < batch_size:
         say(f"note      batch_size {batch_size} is above the number of samples: each step holds all")
     say(f"plan      {plan.total_steps} steps of {uneven}{batch_size} samples -> {output}")
 
@@ -281,9 +281,9 @@ def _scores(state: TrainState) -> dict[str, Any]:
     return {"step": state.step, "eval_loss": state.eval_loss, "base_eval_loss": state.base_eval_loss}
 
 
-def with_rows(error: NotFinite, tokens: TokenData, output: Path) -> RunError:
+def with_rows(error: NotFinite, tokens: TokenData | None, output: Path) -> RunError:
     """The same error with the places of the rows, and what to do."""
-    rows = [tokens.places[sample] for sample in error.samples]
+    rows = [tokens.places[sample] for sample in error.samples] if tokens else []
     named = f"; rows of the micro-batches to blame: {', '.join(rows[:16])}" if rows else ""
     return RunError(
         f"{error.message}{named}",

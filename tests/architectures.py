@@ -48,7 +48,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "mixtral": lambda: hf.MixtralConfig(**_LLAMA, num_local_experts=4),
     "mistral_window": lambda: hf.MistralConfig(**_LLAMA, sliding_window=4),
 }
-# These never call a registered attention function, or take no documents side by side: they are padded.
+# These never call a registered attention function: they are padded.
 UNPACKED: dict[str, Callable[[], Any]] = {
     "bloom": lambda: hf.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=VOCABULARY),
     "codegen": lambda: hf.CodeGenConfig(**_GPT, **_ENDS, rotary_dim=4),
@@ -73,6 +73,16 @@ def window_in_the_mask() -> Any:
         sliding_window=4,
         max_window_layers=0,
     )
+
+
+def with_attention_sinks() -> Any:
+    """GPT-OSS, whose softmax has one more term in each head."""
+    return hf.GptOssConfig(**_LLAMA, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=4)
+
+
+def half_convolution() -> Any:
+    """LFM2 with a short convolution in one layer and attention in the other."""
+    return hf.Lfm2Config(**_LLAMA, layer_types=["conv", "full_attention"])
 
 
 def build(config: Any) -> Any:

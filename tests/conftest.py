@@ -4,7 +4,9 @@ network."""
 import importlib.util
 import json
 import os
+import signal
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,10 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# A shell that starts the tests in the background has them ignore Ctrl-C, and so would what they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+os.environ.setdefault("LORAKIT_CACHE", tempfile.mkdtemp(prefix="lorakit-cache-"))
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"

@@ -1,4 +1,4 @@
-"""The command line: help, versions, validate, schema, preview; fast where nothing heavy is needed."""
+"""The command line: help, versions, validate, schema; fast where nothing heavy is needed."""
 
 import contextlib
 import errno
@@ -286,46 +286,6 @@ def test_the_light_verbs_import_nothing_heavy(write_recipe) -> None:
 def test_the_schema_that_recipes_point_to_is_the_current_one(cli) -> None:
     committed = ROOT / "recipes" / "recipe.schema.json"
     assert json.loads(committed.read_text()) == json.loads(cli("schema")[1]), "run: make schema"
-
-
-def test_preview_shows_the_tokens_and_the_account(cli, write_recipe, tiny: Path, tokenizer) -> None:
-    recipe = write_recipe(
-        data={"train": str(tiny / "train.jsonl"), "eval": str(tiny / "eval.jsonl"), "limit": 10}
-    )
-    code, out, _ = cli("preview", recipe, "-n", "3", "--json")
-    assert code == 0
-    found = json.loads(out)
-    assert found["rows"] == {"read": 10, "kept": 10, "truncated": 0, "dropped": 0, "masked_out": 0, "bad": 0}
-    assert found["eval_rows"]["read"] == 10
-    assert [s["source"].rsplit("/", 1)[-1] for s in found["samples"]] == [
-        f"train.jsonl:{n}" for n in (1, 2, 3)
-    ]
-    row = json.loads((tiny / "train.jsonl").read_text().splitlines()[0])
-    sample = found["samples"][0]
-    assert sample["text"] == f"<s>{row['prompt']}{row['completion']}</s>"
-    trained = [i for i, w in zip(sample["ids"], sample["weights"], strict=True) if w]
-    assert tokenizer.decode(trained) == row["completion"] + "</s>"
-    assert len(sample["ids"]) == len(sample["weights"])
-    assert len(json.loads(cli("preview", recipe, "-n", "99", "--json")[1])["samples"]) == 10
-    text = cli("preview", recipe, "-n", "1")[1]
-    assert f"<s>{row['prompt']}[[{row['completion']}</s>]]" in text
-    assert "read 10, kept 10" in text
-
-
-def test_preview_counts_every_kind_of_row(cli, write_recipe, tmp_path: Path) -> None:
-    rows = [
-        {"prompt": "a", "completion": " b"},
-        {"prompt": "long " * 50, "completion": " b"},
-        {"prompt": "a", "completion": " long" * 50},
-        {"prompt": "a"},
-    ]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\nnot json\n")
-    data = {"train": "rows.jsonl", "max_length": 20, "on_long": "truncate", "on_bad_row": "skip"}
-    found = json.loads(cli("preview", write_recipe(data=data), "--json")[1])
-    assert found["rows"] == {"read": 5, "kept": 1, "truncated": 1, "dropped": 0, "masked_out": 1, "bad": 2}
-    assert [sample["source"].rsplit(":")[-1] for sample in found["samples"]] == ["1", "3"]
-    found = json.loads(cli("preview", write_recipe(data=data | {"on_long": "drop"}), "--json")[1])
-    assert found["rows"] == {"read": 5, "kept": 1, "truncated": 0, "dropped": 2, "masked_out": 0, "bad": 2}
 
 
 @pytest.mark.slow

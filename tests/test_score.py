@@ -197,7 +197,7 @@ def test_bad_calls(pairs_run, tiny, tmp_path: Path, cli) -> None:
     resolved = run / "resolved.yaml"
     text = resolved.read_text()
     resolved.write_text(text.replace(str(tiny / "eval.jsonl"), "/gone/eval.jsonl"))
-    assert "the held-out rows are not where they were: /gone/eval.jsonl" in refused(run)
+    assert "the held-out rows are not where they were: no such file: /gone/eval.jsonl" in refused(run)
     record = run / "adapter" / "lorakit.json"
     record.write_text(record.read_text().replace(str(tiny / "model"), "/gone/model"))
     assert "the base model is not where it was" in refused(run, "--data", tiny / "eval.jsonl")

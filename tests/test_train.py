@@ -1,6 +1,7 @@
 """Whole runs on the tiny model: what they leave, what resumes, what is refused."""
 
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -613,7 +614,8 @@ def test_a_held_out_loss_that_is_no_number_ends_the_run(
     write_recipe, cli, tiny, tmp_path: Path, monkeypatch
 ) -> None:
     data = {"train": str(tiny / "train.jsonl"), "eval": str(tiny / "eval.jsonl"), "max_length": 128}
-    monkeypatch.setattr("lorakit.train.evaluate", lambda *arguments: {"eval_loss": float("nan")})
+    module = importlib.import_module("lorakit.train")  # the package's own `train` is the function
+    monkeypatch.setattr(module, "evaluate", lambda *arguments: {"eval_loss": float("nan")})
     code, _, err = cli(
         "train", write_recipe(data=data), "--set", "eval.at_start=false", "--set", "eval.every=2"
     )
@@ -829,9 +831,10 @@ def test_a_loss_that_is_no_number(
 
     def poisoned(self, model, micro):
         loss = real(self, model, micro)
-        if loss.requires_grad:
-            steps.append(micro.samples)
-        return loss * float("nan") if loss.requires_grad and len(steps) == 3 else loss
+        if not loss.requires_grad or len(micro.samples) > 4:  # an evaluation, or the trial before step 0
+            return loss
+        steps.append(micro.samples)
+        return loss * float("nan") if len(steps) == 3 else loss
 
     monkeypatch.setattr(CausalLmTask, "loss_sum", poisoned)
     code, _, err = cli("train", recipe)

@@ -15,7 +15,10 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from lorakit.data import MicroBatch, TokenData
+from lorakit.data.stream import Stream
+from lorakit.data.tokens import Entry, Part, TokenData, as_batch
+from lorakit.errors import LorakitError, RunError
+from lorakit.micro_batch import MicroBatch
 
 
 @dataclass(frozen=True)
@@ -28,19 +31,36 @@ class Step:
 
 
 @lru_cache(maxsize=2)  # consecutive steps share it
-def order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
-    """The permutation of the samples in an epoch."""
-    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num_samples)
+def order(parts: tuple[Part, ...], seed: int, epoch: int) -> np.ndarray:
+    """The samples of an epoch in the order in which they are trained."""
+    pool = np.concatenate([drawn(part, number, seed, epoch) for number, part in enumerate(parts)])
+    return pool[np.random.Generator(np.random.PCG64([seed, epoch])).permutation(len(pool))]
 
 
-def steps_per_epoch(num_samples: int, batch_size: int) -> int:
-    return -(-num_samples // batch_size)
+def drawn(part: Part, number: int, seed: int, epoch: int) -> np.ndarray:
+    """The samples of part `number` in an epoch: `num_draws` of an endless row of permutations, each epoch
+    going on where the one before stopped, so that no sample is ever seen more than once more than another."""
+    size, count = part.stop - part.start, part.num_draws
+    if count == size:
+        return np.arange(part.start, part.stop)
+    found, place = [], epoch * count
+    while count:
+        turn, offset = divmod(place, size)
+        taken = min(count, size - offset)
+        turns = np.random.Generator(np.random.PCG64([seed, number, turn, 2]))
+        found.append(turns.permutation(size)[offset : offset + taken])
+        place, count = place + taken, count - taken
+    return part.start + np.concatenate(found) if found else np.zeros(0, np.int64)
 
 
-def samples_of(step: int, num_samples: int, batch_size: int, seed: int) -> np.ndarray:
+def steps_per_epoch(parts: tuple[Part, ...], batch_size: int) -> int:
+    return -(-sum(part.num_draws for part in parts) // batch_size)
+
+
+def samples_of(step: int, parts: tuple[Part, ...], batch_size: int, seed: int) -> np.ndarray:
     """Indices of the samples of optimizer step `step` (from 0), over all ranks."""
-    epoch, place = divmod(step, steps_per_epoch(num_samples, batch_size))
-    return order(num_samples, seed, epoch)[place * batch_size : (place + 1) * batch_size]
+    epoch, place = divmod(step, steps_per_epoch(parts, batch_size))
+    return order(parts, seed, epoch)[place * batch_size : (place + 1) * batch_size]
 
 
 def deal(samples: Sequence[int], lengths: np.ndarray, num_ranks: int) -> list[list[int]]:
@@ -106,6 +126,39 @@ def collate(samples: Sequence[int], data: TokenData, packing: bool, trained: boo
     )
 
 
+def step_of(
+    samples: Sequence[int], data: TokenData, budget: int, packing: bool, rank: int, num_ranks: int
+) -> Step:
+    """What a rank does with the samples of a step."""
+    lengths = data.lengths
+    mine = deal(samples, lengths, num_ranks)[rank]
+    # A rank without a sample must still run a forward and a backward pass, or the others wait for ever.
+    micros = layout(mine, lengths, budget, packing) or [[int(samples[0])]]
+    return Step(
+        micros=tuple(collate(micro, data, packing, trained=bool(mine)) for micro in micros),
+        num_targets=int(data.num_targets[samples].sum()),
+        num_tokens=int(lengths[samples].sum()),
+    )
+
+
+def heaviest(data: TokenData, budget: int, packing: bool) -> list[MicroBatch]:
+    """Micro-batches that no micro-batch of a run needs more memory than: the longest samples that fit into
+    the budget, and those with the most trained tokens, which cost logits."""
+    found: list[list[int]] = []
+    for cost in (data.lengths, data.num_targets):
+        chosen: list[int] = []
+        total = width = 0
+        for sample in np.argsort(-cost.astype(np.int64), kind="stable").tolist():
+            length = int(data.lengths[sample])
+            total, width = total + length, max(width, length)
+            if chosen and (total if packing else width * (len(chosen) + 1)) > budget:
+                break
+            chosen.append(sample)
+        if chosen not in found:
+            found.append(chosen)
+    return [collate(chosen, data, packing) for chosen in found]
+
+
 @dataclass(frozen=True)
 class Batches:
     """The plan over one set of samples."""
@@ -120,16 +173,9 @@ class Batches:
 
     def at(self, step: int) -> Step:
         """What this rank does in optimizer step `step`."""
-        samples = samples_of(step, len(self.data), self.batch_size, self.seed).tolist()
-        lengths, num_targets = self.data.lengths, self.data.num_targets
-        mine = deal(samples, lengths, self.num_ranks)[self.rank]
-        # A rank without a sample must still run a forward and a backward pass, or the others wait for ever.
-        micros = layout(mine, lengths, self.micro_batch_tokens, self.packing) or [[int(samples[0])]]
-        return Step(
-            micros=tuple(collate(micro, self.data, self.packing, trained=bool(mine)) for micro in micros),
-            num_targets=int(num_targets[samples].sum()),
-            num_tokens=int(lengths[samples].sum()),
-        )
+        samples = samples_of(step, self.data.parts, self.batch_size, self.seed).tolist()
+        budget, packing = self.micro_batch_tokens, self.packing
+        return step_of(samples, self.data, budget, packing, self.rank, self.num_ranks)
 
     def every_sample(self) -> Iterator[MicroBatch]:
         """This rank's share of all samples, each once, in windows of the file order: for evaluation."""
@@ -139,3 +185,38 @@ class Batches:
             for number, micro in enumerate(layout(window, lengths, self.micro_batch_tokens, self.packing)):
                 if number % self.num_ranks == self.rank:
                     yield collate(micro, self.data, self.packing)
+
+
+class StreamEnded(RunError):
+    """Rows further on in a stream cannot be trained."""
+
+
+@dataclass
+class StreamBatches:
+    """The plan over a stream: step s takes its samples [s * batch_size, (s + 1) * batch_size)."""
+
+    stream: Stream
+    batch_size: int
+    micro_batch_tokens: int
+    packing: bool
+    rank: int = 0
+    num_ranks: int = 1
+    data: TokenData | None = None  # of the last step that was asked for
+
+    def at(self, step: int) -> Step:
+        """What this rank does in optimizer step `step`. Raises: StreamEnded."""
+        try:
+            data = self.stream.samples_at(step * self.batch_size, self.batch_size)
+        except LorakitError as error:
+            raise StreamEnded(error.message, error.hint) from None
+        self.data = data
+        samples = list(range(len(data)))
+        return step_of(samples, data, self.micro_batch_tokens, self.packing, self.rank, self.num_ranks)
+
+
+def longest_possible(data: TokenData, max_length: int, budget: int) -> TokenData:
+    """Samples of `max_length` tokens, all trained, enough to fill the budget: what a stream may bring."""
+    ids = np.resize(data.sample(0)[0], max_length)
+    weights = np.ones(max_length, np.uint8)
+    weights[0] = 0  # nothing predicts the first token
+    return TokenData.of([as_batch([Entry(ids, weights)] * max(1, budget // max_length))], ["the longest"])

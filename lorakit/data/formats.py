@@ -1,22 +1,32 @@
 """Rows -> samples: one function per format, and the rule that recognises it.
 
-A sample is what the row means, still as text: a Pair, a Chat or a Text. What tokens it becomes is render.py's
-matter.
+A sample is what the row means, still as text. What tokens it becomes is render.py's matter.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lorakit.data.turns import OPENAI_ROLES, SHAREGPT_ROLES, check_order, read_tools, read_turns
+from lorakit.data.turns import BadRow as BadRow
+from lorakit.data.turns import Fields as Fields
+from lorakit.data.turns import Message as Message
+from lorakit.data.turns import kind_of as kind_of
 from lorakit.errors import LorakitError, did_you_mean
 
 FIELDS: dict[str, tuple[str, ...]] = {  # the fields a row must have, per format, in order of detection
+    "preference": ("chosen", "rejected"),
     "messages": ("messages",),
     "sharegpt": ("conversations",),
     "prompt-completion": ("prompt", "completion"),
     "alpaca": ("instruction", "output"),
+    "sentence-pair": ("sentence1", "sentence2", "score"),
+    "labelled-text": ("text", "label"),
+    "text-to-text": ("source", "target"),
     "text": ("text",),
 }
+_KNOWN = {name for names in FIELDS.values() for name in names} | {"input", "system", "tools"}
 
 
 @dataclass(frozen=True)
@@ -27,7 +37,8 @@ class Pair:
 
 @dataclass(frozen=True)
 class Chat:
-    messages: tuple[dict[str, str], ...]  # {"role": system|user|assistant|tool, "content": text}
+    messages: tuple[Message, ...]
+    tools: tuple[dict[str, Any], ...] = ()  # {"type": "function", "function": {"name", ...}}
 
 
 @dataclass(frozen=True)
@@ -35,13 +46,34 @@ class Text:
     text: str
 
 
-Sample = Pair | Chat | Text
-ROLES = ("system", "user", "assistant", "tool")
-Fields = Mapping[str, Any]
+@dataclass(frozen=True)
+class Preference:
+    prompt: str | tuple[Message, ...]  # "" when chosen and rejected hold it
+    chosen: str | tuple[Message, ...]
+    rejected: str | tuple[Message, ...]
 
 
-class BadRow(ValueError):
-    """A row that is no sample of its format; the message says why."""
+@dataclass(frozen=True)
+class Labelled:
+    text: str
+    label: str | int | float | bool
+
+
+@dataclass(frozen=True)
+class Scored:
+    first: str
+    second: str
+    score: float
+    written: str  # the score as the row has it: 5, 5.0 and 5.00 are one number and three texts
+
+
+@dataclass(frozen=True)
+class SourceTarget:
+    source: str
+    target: str
+
+
+Sample = Pair | Chat | Text | Preference | Labelled | Scored | SourceTarget
 
 
 def detect(row: Fields) -> str:
@@ -61,18 +93,49 @@ def detect(row: Fields) -> str:
     )
 
 
+# Columns and fields
+
+
 def rename(row: Fields, columns: Mapping[str, str]) -> Fields:
-    """`row` with the format's names. `columns` is {field: column}; {column: field} is understood as well."""
+    """`row` with the format's names. `columns` is {field: column}; {column: field} is understood as well.
+
+    A column may be a path into nested values, with positions in lists: instances.0.output.
+    Raises: BadRow for a column that is not there.
+    """
     if not columns:
         return row
-    fields = {name for names in FIELDS.values() for name in (*names, "input", "system")}
-    pairs = dict(columns) if set(columns) <= fields else {field: column for column, field in columns.items()}
-    for column in pairs.values():
-        if column not in row:
-            hint = did_you_mean(column, map(str, row)) or f"The row has: {', '.join(map(str, row))}."
-            raise BadRow(f'no column "{column}" (data.columns). {hint}')
+    pairs = dict(columns)
+    turned = {field: column for column, field in columns.items()}
+    if not set(columns) <= _KNOWN or (set(turned) <= _KNOWN and _are_there(row, turned, columns)):
+        pairs = turned
+    found = {field: _column(row, column) for field, column in pairs.items()}
     rest = {name: value for name, value in row.items() if name not in pairs.values()}
-    return rest | {field: row[column] for field, column in pairs.items()}
+    return rest | found
+
+
+def _are_there(row: Fields, columns: Mapping[str, str], others: Mapping[str, str]) -> bool:
+    """Whether `row` has all of the columns, and not all of the others."""
+    return all(name in row for name in columns.values()) and not all(name in row for name in others.values())
+
+
+def _column(row: Fields, column: str) -> Any:
+    if column in row:
+        return row[column]
+    value: Any = row
+    above = ""
+    for part in column.split("."):
+        is_list = isinstance(value, list | tuple)
+        pairs: Any = value.items() if isinstance(value, Mapping) else enumerate(value if is_list else ())
+        inside = {str(name): item for name, item in pairs}
+        if part not in inside:
+            where = f'"{above[:-1]}"' if above else "The row"
+            has = f"has: {', '.join(inside)}" if isinstance(value, Mapping) else f"is {kind_of(value)}"
+            has += f" of {len(value)}, counted from 0" if is_list else ""
+            near = did_you_mean(part, inside).replace('"', f'"{above}', 1)
+            raise BadRow(f'no column "{column}" (data.columns). {near or f"{where} {has}."}')
+        value = inside[part]
+        above += f"{part}."
+    return value
 
 
 def _text(row: Fields, field: str, required: bool = True) -> str:
@@ -80,8 +143,7 @@ def _text(row: Fields, field: str, required: bool = True) -> str:
     if value is None:
         if not required:
             return ""
-        hint = did_you_mean(field, map(str, row)) or f"The row has: {', '.join(map(str, row))}."
-        raise BadRow(f'field "{field}" is null' if field in row else f'no field "{field}". {hint}')
+        raise _missing(row, field)
     if not isinstance(value, str):
         raise BadRow(f'field "{field}" must be text, not {kind_of(value)}')
     if required and not value.strip():
@@ -89,12 +151,13 @@ def _text(row: Fields, field: str, required: bool = True) -> str:
     return value
 
 
-def kind_of(value: Any) -> str:
-    """What a JSON value is, in words."""
-    names = {dict: "an object", list: "a list", tuple: "a list", bool: "true or false", type(None): "null"}
-    return names.get(
-        type(value), "a number" if isinstance(value, int | float) else f"a {type(value).__name__}"
-    )
+def _missing(row: Fields, field: str) -> BadRow:
+    odd = [name for name in map(str, row) if name not in _KNOWN]
+    hint = did_you_mean(field, odd) or f"The row has: {', '.join(map(str, row))}."
+    return BadRow(f'field "{field}" is null' if field in row else f'no field "{field}". {hint}')
+
+
+# Formats of single texts
 
 
 def alpaca(row: Fields) -> Pair:
@@ -113,54 +176,92 @@ def text(row: Fields) -> Text:
     return Text(_text(row, "text"))
 
 
+def labelled_text(row: Fields) -> Labelled:
+    """text and label: text, a number, or true or false."""
+    label = row.get("label")
+    if label is None:
+        raise _missing(row, "label")
+    if not isinstance(label, str | int | float):
+        raise BadRow(f'field "label" must be text, a number, or true or false, not {kind_of(label)}')
+    return Labelled(_text(row, "text"), _text(row, "label") if isinstance(label, str) else label)
+
+
+def sentence_pair(row: Fields) -> Scored:
+    """sentence1, sentence2 and their score: a number, or text that is one."""
+    score = row.get("score")
+    if score is None:
+        raise _missing(row, "score")
+    number = math.nan
+    if isinstance(score, str | int | float) and not isinstance(score, bool):
+        try:
+            number = float(score)
+        except (ValueError, OverflowError):
+            number = math.nan
+    if not math.isfinite(number):
+        what = f'"{score}"' if isinstance(score, str | float) else kind_of(score)
+        raise BadRow(f'field "score" must be a number, not {what}')
+    return Scored(_text(row, "sentence1"), _text(row, "sentence2"), number, str(score).strip())
+
+
+def text_to_text(row: Fields) -> SourceTarget:
+    """source and target, as in translation."""
+    return SourceTarget(_text(row, "source"), _text(row, "target"))
+
+
+# Chats
+
+
 def messages(row: Fields) -> Chat:
-    """A list of {"role", "content"}."""
-    return _chat(row, "messages", "role", "content", {})
+    """A list of {"role", "content"} as in OpenAI's API: tool calls, tool results and `tools` included."""
+    return _chat(row, "messages", "role", "content", OPENAI_ROLES)
 
 
 def sharegpt(row: Fields) -> Chat:
-    """A list of {"from", "value"}, with an optional system text beside it."""
-    names = {
-        "human": "user",
-        "gpt": "assistant",
-        "chatgpt": "assistant",
-        "bot": "assistant",
-        "observation": "tool",
-    }
-    chat = _chat(row, "conversations", "from", "value", names)
+    """A list of {"from", "value"} or of {"role", "content"}, with optional `system` and `tools` beside it."""
+    chat = _chat(row, "conversations", "from", "value", OPENAI_ROLES | SHAREGPT_ROLES)
     system = _text(row, "system", required=False)
     if system and chat.messages[0]["role"] == "system":
         raise BadRow('both a field "system" and a system turn')
-    return Chat(({"role": "system", "content": system}, *chat.messages)) if system else chat
+    return Chat(({"role": "system", "content": system}, *chat.messages), chat.tools) if system else chat
+
+
+def preference(row: Fields) -> Preference:
+    """chosen, rejected and an optional prompt, each a text or a list of turns."""
+    sides = {name: _text_or_turns(row, name) for name in ("chosen", "rejected")}
+    prompt = _text_or_turns(row, "prompt") if row.get("prompt") is not None else ""
+    for name, turns in sides.items():
+        if not isinstance(turns, str) and turns[-1]["role"] != "assistant":
+            raise BadRow(f'"{name}" must end with a turn of the assistant')
+    if sides["chosen"] == sides["rejected"]:
+        raise BadRow('"chosen" and "rejected" are the same: nothing to prefer')
+    return Preference(prompt, sides["chosen"], sides["rejected"])
+
+
+def _text_or_turns(row: Fields, field: str) -> str | tuple[Message, ...]:
+    value = row.get(field)
+    if isinstance(value, Mapping):  # one turn without a list around it
+        row = {field: [value]}
+    elif not isinstance(value, list | tuple):
+        return _text(row, field)
+    return read_turns(row, field, "from", "value", OPENAI_ROLES | SHAREGPT_ROLES)
 
 
 def _chat(row: Fields, field: str, role_key: str, text_key: str, roles: Mapping[str, str]) -> Chat:
-    turns = row.get(field)
-    if not isinstance(turns, list | tuple) or not turns:
-        raise BadRow(f'"{field}" must be a list of turns, and not empty')
-    chat = []
-    for number, turn in enumerate(turns, 1):
-        if not isinstance(turn, dict) or role_key not in turn or text_key not in turn:
-            raise BadRow(f'turn {number} of "{field}" needs "{role_key}" and "{text_key}"')
-        role, content = turn[role_key], turn[text_key]
-        role = roles.get(role, role) if isinstance(role, str) else role
-        if role not in ROLES:
-            hint = did_you_mean(str(role), (*roles, *ROLES))
-            raise BadRow(f'turn {number}: unknown role "{role}". {hint}'.rstrip())
-        if not isinstance(content, str):
-            raise BadRow(f"turn {number}: only text is supported, not {kind_of(content)}")
-        if turn.get("tool_calls"):
-            raise BadRow(f"turn {number}: tool_calls are not supported yet; they would be lost")
-        chat.append({"role": role, "content": content})
-    if all(turn["role"] != "assistant" for turn in chat):
+    turns = read_turns(row, field, role_key, text_key, roles)
+    check_order(turns)
+    if all(turn["role"] != "assistant" for turn in turns):
         raise BadRow("no assistant turn: nothing to train on")
-    return Chat(tuple(chat))
+    return Chat(turns, read_tools(row.get("tools")))
 
 
 FORMATS: dict[str, Callable[[Fields], Sample]] = {
-    "alpaca": alpaca,
-    "prompt-completion": prompt_completion,
+    "preference": preference,
     "messages": messages,
     "sharegpt": sharegpt,
+    "prompt-completion": prompt_completion,
+    "alpaca": alpaca,
+    "sentence-pair": sentence_pair,
+    "labelled-text": labelled_text,
+    "text-to-text": text_to_text,
     "text": text,
 }

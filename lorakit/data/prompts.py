@@ -8,15 +8,16 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lorakit.data import as_chat
-from lorakit.data.formats import FORMATS, BadRow, Chat, Pair, Text, rename
-from lorakit.data.render import apply_template, special_tokens
-from lorakit.data.rows import read_rows
+from lorakit.data.formats import FORMATS, BadRow, Chat, Message, Pair, Text, rename
+from lorakit.data.reading import rows_of
+from lorakit.data.render import as_trained
+from lorakit.data.templates import Tools, opening, prompt_text, render_many
 from lorakit.errors import LorakitError
-from lorakit.recipe.data import Data
+from lorakit.recipe.data import Data, Rows
 
 Style = Literal["chat", "instruction", "text"]
-Messages = Sequence[dict[str, str]]
+Messages = Sequence[Message]
+_ONE_TURN = ("alpaca", "labelled-text", "sentence-pair", "text-to-text")  # pairs with a line end between
 _ANSWER = "An answer"
 
 
@@ -31,9 +32,9 @@ class Question:
 
 def style_of(format_name: str | None, tokenizer: Any) -> Style:
     """How a model was prompted that was trained on rows of this format; None: nobody knows."""
-    if tokenizer.chat_template and format_name in (None, "messages", "sharegpt", "alpaca"):
+    if tokenizer.chat_template and format_name in (None, "messages", "sharegpt", *_ONE_TURN):
         return "chat"
-    return "instruction" if format_name == "alpaca" else "text"
+    return "instruction" if format_name in _ONE_TURN else "text"
 
 
 def prompt_ids(text: str, style: Style, tokenizer: Any, system: str | None = None) -> list[int]:
@@ -55,10 +56,10 @@ def text_ids(text: str, tokenizer: Any) -> list[int]:
     return ids[:-1] if added and ids[-1] != tokenizer.bos_token_id else ids
 
 
-def chat_ids(messages: Messages, tokenizer: Any) -> list[int]:
+def chat_ids(messages: Messages, tokenizer: Any, tools: Tools = ()) -> list[int]:
     """The conversation and what the template puts before an answer. Raises: LorakitError."""
     try:
-        text = apply_template(tokenizer, list(messages), add_generation_prompt=True)
+        text = prompt_text(messages, tools, tokenizer)
     except BadRow as error:
         raise LorakitError(str(error)) from None
     return _encode(text, tokenizer, add_special_tokens=False)
@@ -81,35 +82,35 @@ def end_of_turn(tokenizer: Any) -> int | None:
     if not tokenizer.chat_template:
         return None
     turns = [{"role": "user", "content": "A question"}, {"role": "assistant", "content": _ANSWER}]
-    try:
-        rest = apply_template(tokenizer, turns).rpartition(_ANSWER)[2].lstrip()
-    except BadRow:
+    text = render_many(tokenizer, [(turns, (), False)])[0]
+    if isinstance(text, BadRow):
         return None
-    found = [token for token in special_tokens(tokenizer) if rest.startswith(token)]
-    return int(tokenizer.convert_tokens_to_ids(max(found, key=len))) if found else None
+    rest = text.rpartition(_ANSWER)[2].lstrip()
+    token = opening(rest, tokenizer)
+    return int(tokenizer.convert_tokens_to_ids(token)) if token else None
 
 
-def questions(
-    source: str, section: Data, format_name: str, tokenizer: Any, kept: Collection[str]
-) -> list[Question]:
+def questions(value: Rows, section: Data, tokenizer: Any, kept: Collection[str]) -> list[Question]:
     """What the rows at the places `kept` ask, and the answer they give: the completion of a pair, the last
-    assistant turn of a chat given all turns before it. A chat that begins with it asks nothing.
+    assistant turn of a chat that calls no tool, given all turns before it. A chat that begins with it asks
+    nothing.
 
     Raises: LorakitError for plain text, which asks nothing at all.
     """
     found = []
-    for row in read_rows(source, section.limit):
+    for row, format_name in rows_of(value, section):
         if row.value is None or row.place not in kept:
             continue
-        sample = as_chat(FORMATS[format_name](rename(row.value, section.columns)), format_name, tokenizer)
+        sample = as_trained(FORMATS[format_name](rename(row.value, section.columns)), format_name, tokenizer)
         if isinstance(sample, Pair):
             found.append(Question(row.place, text_ids(sample.prompt, tokenizer), sample.completion))
         elif isinstance(sample, Chat):
-            roles = [turn["role"] for turn in sample.messages]
-            last = len(roles) - 1 - roles[::-1].index("assistant")
+            turns = sample.messages
+            said = [t["role"] == "assistant" and "tool_calls" not in t for t in turns]
+            last = max((number for number, answer in enumerate(said) if answer), default=0)
             if last > 0:
-                prompt = chat_ids(sample.messages[:last], tokenizer)
-                found.append(Question(row.place, prompt, sample.messages[last]["content"]))
+                prompt = chat_ids(turns[:last], tokenizer, sample.tools)
+                found.append(Question(row.place, prompt, turns[last]["content"]))
         elif isinstance(sample, Text):
             raise LorakitError("--exact-match: plain text has no answers to compare with", "Leave it out.")
     return found

@@ -5,9 +5,16 @@ keyword arguments of the model's forward to it: `document_lengths` (a tuple of i
 documents end. Each document is attended to alone, so that no T x T mask exists and nothing can leak. The
 plain twin is the model's own attention on each document by itself, in a batch of one.
 
-Shapes: H query heads, K key heads, T tokens of the row, D head size.
+Two ways lead to the same numbers: PyTorch's variable-length kernel takes all documents at once (CUDA, 16
+bits), a loop over the documents does everything else. Which one is a pure function of what is asked and of
+the device, so that a run that continues computes as it began.
+
+Shapes: H query heads, K key heads, T tokens of the row, D head size, N documents.
 """
 
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -15,6 +22,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 NAME = "lorakit_documents"
+_WATCHED = f"{NAME}_watched"
 
 # What transformers passes along that does not change attention within one document.
 _HARMLESS = {
@@ -26,11 +34,6 @@ _HARMLESS = {
     "logits_to_keep",
 }
 _HARMLESS |= {"output_hidden_states", "return_dict", "token_type_ids", "head_mask", "output_router_logits"}
-
-# What the registered function saw, for the proof that a model uses it: how often it ran, and whether a window
-# came.
-calls = 0
-window_given = False
 
 
 class Unsupported(Exception):
@@ -49,25 +52,44 @@ def attention_by_document(
     sliding_window: int | None = None,
     softcap: float | None = None,
     document_lengths: tuple[int, ...] | None = None,
+    kernel: bool = True,
     **unknown: object,
 ) -> tuple[Tensor, None]:
-    """(1, T, H, D): causal attention within each document.
+    """(1, T, H, D): causal attention within each document, by the loop alone where `kernel` is False.
 
     Raises: Unsupported for what could change the result unnoticed (attention sinks, biases, caches, other
     masks).
     """
-    global calls, window_given
-    calls += 1
-    window_given = window_given or sliding_window is not None
     odd = sorted(name for name, given in unknown.items() if given is not None and name not in _HARMLESS)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if odd or document_lengths is None or attention_mask is not None or not causal or query.shape[0] != 1:
         raise Unsupported(", ".join(odd) or "a mask, a cache, a batch or bidirectional attention")
+    dtype, sizes = _computed_in(query), (key.shape[-1], value.shape[-1])
+    if kernel and softcap is None and fits_varlen(dtype, *sizes, dropout, _capability(query.device)):
+        shape = (query.shape[1], key.shape[1], key.shape[-1])
+        if _varlen_works(query.device, dtype, shape, scaling, sliding_window is not None):
+            query, key, value = (x.to(dtype) for x in (query, key, value))
+            return _all_at_once(query, key, value, document_lengths, scaling, sliding_window), None
+    return _one_by_one(query, key, value, document_lengths, scaling, dropout, sliding_window, softcap), None
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The loop
+
+
+def _one_by_one(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: tuple[int, ...],
+    scaling: float | None,
+    dropout: float,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> Tensor:  # (1, T, H, D)
     groups = query.shape[1] // key.shape[1]
     outputs = []
-    for q, k, v in zip(
-        *(torch.split(x, list(document_lengths), dim=2) for x in (query, key, value)), strict=True
-    ):
+    for q, k, v in zip(*(torch.split(x, list(lengths), dim=2) for x in (query, key, value)), strict=True):
         if groups > 1:
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         length = q.shape[2]
@@ -82,7 +104,7 @@ def attention_by_document(
                 q, k, v, None, dropout, is_causal=True, scale=scaling
             )
         outputs.append(output)
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+    return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
 def _visible(
@@ -104,10 +126,144 @@ def _with_softcap(
     return nn.functional.dropout(weights, dropout) @ v
 
 
+# ------------------------------------------------------------------------------------------------------------
+# The variable-length kernel
+
+
+def fits_varlen(
+    dtype: torch.dtype, key_size: int, value_size: int, dropout: float, capability: tuple[int, int]
+) -> bool:
+    """Whether flash attention is written for this: 16 bits, no dropout, a CUDA `capability` from 8.0, and one
+    head size for keys and values, which is a multiple of 8 up to 256.
+
+    Source: the checks of mha_varlen_fwd in PyTorch's aten/src/ATen/native/transformers/cuda/flash_attn.
+    """
+    return (
+        dtype in (torch.float16, torch.bfloat16)
+        and key_size == value_size
+        and key_size % 8 == 0
+        and key_size <= 256
+        and dropout == 0
+        and capability >= (8, 0)
+    )
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    """That of a CUDA device which PyTorch has flash attention for, (0, 0) of anything else."""
+    if device.type != "cuda" or torch.version.hip or not torch.backends.cuda.is_flash_attention_available():
+        return (0, 0)
+    return torch.cuda.get_device_capability(device)
+
+
+def _computed_in(query: Tensor) -> torch.dtype:
+    """The dtype of the products: as autocast does with PyTorch's own attention, which the kernel escapes."""
+    kind = query.device.type
+    if query.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return query.dtype
+
+
+def _all_at_once(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: tuple[int, ...],
+    scaling: float | None,
+    sliding_window: int | None,
+) -> Tensor:  # (1, T, H, D)
+    from torch.nn.attention.varlen import varlen_attn  # registers operators when it is imported
+
+    longest = max(lengths)
+    # flash attention counts the tokens before a query, a model counts the query too
+    before = -1 if sliding_window is None or sliding_window >= longest else sliding_window - 1
+    borders = _borders(lengths, query.device)
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, D), (T, K, D), (T, K, D)
+    output = varlen_attn(
+        q,
+        k,
+        v,
+        borders,
+        borders,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=(before, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    assert isinstance(output, Tensor)
+    return output[None]
+
+
+@lru_cache(maxsize=8)  # a step asks once for every layer, forwards and again for checkpointed activations
+def _borders(lengths: tuple[int, ...], device: torch.device) -> Tensor:  # (N + 1,)
+    with torch.inference_mode(False):  # an evaluation must not leave behind what training cannot save
+        return torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32, device=device)
+
+
+@lru_cache(maxsize=64)
+def _varlen_works(
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: tuple[int, int, int],  # (H, K, D)
+    scaling: float | None,
+    windowed: bool,
+) -> bool:
+    """Whether the kernel runs here for this `shape`, forwards and backwards, and agrees with the loop.
+
+    A build of PyTorch may lack it for a device or a head size, and tells by raising. Nothing random is drawn
+    from the run's generators.
+    """
+    heads, key_heads, size = shape
+    lengths, window = (9, 1, 30), 5 if windowed else None
+    draw = torch.Generator().manual_seed(0)
+
+    def drawn(num_heads: int) -> Tensor:
+        numbers = torch.randn(1, num_heads, sum(lengths), size, generator=draw)
+        return numbers.to(device, dtype).requires_grad_()
+
+    # Whoever asks first may be inside checkpointing or an evaluation: this leaves no trace in either.
+    # inference_mode(False) records gradients even inside no_grad.
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+    with torch.inference_mode(False), hooks:
+        query, key, value = inputs = (drawn(heads), drawn(key_heads), drawn(key_heads))
+        weight = drawn(heads).detach().transpose(1, 2)
+        expected = _one_by_one(query, key, value, lengths, scaling, 0.0, window, None)
+        try:
+            found = _all_at_once(query, key, value, lengths, scaling, window)
+            backward = torch.autograd.grad(found, inputs, weight)
+        except torch.OutOfMemoryError:
+            raise  # says nothing about the kernel
+        except (ImportError, TypeError, ValueError, RuntimeError):
+            return False
+        wanted = (expected, *torch.autograd.grad(expected, inputs, weight))
+        pairs = zip((found, *backward), wanted, strict=True)
+        return all(_distance(x.detach(), y.detach()) <= 1 for x, y in pairs)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The proof
+
+
 def register() -> None:
     """Make NAME known to transformers. No mask function is registered with it, so that models build no
     mask."""
     AttentionInterface.register(NAME, attention_by_document)
+
+
+@dataclass
+class _Seen:
+    """What arrived at the registered function while a model ran: how often, and whether with a window."""
+
+    kernel: bool = True
+    calls: int = 0
+    window: bool = False
+
+    def __call__(
+        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **given: Any
+    ) -> tuple[Tensor, None]:
+        self.calls += 1
+        self.window = self.window or given.get("sliding_window") is not None
+        return attention_by_document(module, q, k, v, mask, kernel=self.kernel, **given)
 
 
 @torch.no_grad()
@@ -120,9 +276,10 @@ def prove_isolation(
     equal each document alone under the model's own attention to rounding, and the registered function must
     have run once in each attention layer. With `routed` experts the first document decides how many rows an
     expert multiplies at once, and so how the second is rounded: there, rounding is allowed in both
-    comparisons. A `window` of the configuration that is shorter than the `longest` sample must have arrived
-    as an argument: some models tell it to their mask alone, which packed rows do not have. The model is left
-    as it was.
+    comparisons, and the second one takes the loop (the kernel's rounding may send a token to another expert;
+    its trial has compared it with the loop). A `window` of the configuration that is shorter than the
+    `longest` sample must have arrived as an argument: some models tell it to their mask alone, which packed
+    rows do not have. The model is left as it was.
     """
     own, was_training = model.config._attn_implementation, model.training
     device = next(model.parameters()).device
@@ -141,17 +298,18 @@ def prove_isolation(
         found: Tensor = output.logits[0]
         return found
 
-    global calls, window_given
-    calls, window_given = 0, False
+    seen = _Seen()
     model.eval()
     try:
         separate = torch.cat([model(d[None], use_cache=False).logits[0] for d in (first, second)])
-        register()
-        model.set_attn_implementation(NAME)
+        AttentionInterface.register(_WATCHED, seen)
+        model.set_attn_implementation(_WATCHED)
         together = packed(first, second)
-        if calls != num_layers:
-            return f"the registered attention ran {calls} times in {num_layers} layers"
+        if seen.calls != num_layers:
+            return _not_called(model.config.model_type, seen.calls, num_layers)
         changed = packed(other, second)[9:]
+        seen.kernel = False
+        compared = packed(first, second) if routed else together
     except Unsupported as error:
         return f"its attention needs more than per-document causal attention: {error}"
     except (TypeError, ValueError, RuntimeError) as error:
@@ -161,11 +319,22 @@ def prove_isolation(
         model.train(was_training)
     if not (torch.equal(together[9:], changed) or (routed and _distance(together[9:], changed) < 1)):
         return "changing one document changed the next one"
-    if _distance(together, separate) > 1:
+    if not _distance(compared, separate) <= 1:
         return "packed and separate documents differ by more than rounding"
-    if 0 < window < longest and not window_given:
+    if 0 < window < longest and not seen.window:
         return f"its window of {window} tokens is known to its mask only, and samples are longer"
     return ""
+
+
+def _not_called(kind: str, calls: int, num_layers: int) -> str:
+    if calls == 0:
+        return f"{kind} mixes tokens in code of its own, which cannot be told where a document ends"
+    if calls < num_layers:
+        return (
+            f"{num_layers - calls} of the {num_layers} layers of {kind} mix tokens in code of their own, "
+            "which cannot be told where a document ends"
+        )
+    return f"{kind} calls its attention {calls} times in {num_layers} layers instead of once in each"
 
 
 def _distance(x: Tensor, y: Tensor) -> float:

@@ -191,20 +191,27 @@ def _resolve_paths(written: source.Source) -> None:
         ("adapter", "start_from"),
     ):
         block = written.values.get(section)
-        value = block.get(field) if isinstance(block, dict) else None
-        if not isinstance(value, str) or not value:
-            continue
-        try:
-            here = written.folder((section, field)) / Path(value).expanduser()
-            exists = here.exists()
-        except (OSError, ValueError, RuntimeError) as error:  # too long a name, a NUL, ~of-nobody
-            written.problem((section, field), f"not a usable path: {error}")
-            continue
-        hub_like = (section, field) in (("model", "path"), ("data", "train"), ("data", "eval"))
-        inline = field == "chat_template" and ("{{" in value or "{%" in value)
-        if inline or (hub_like and is_hub_id(value) and not exists):
-            continue
-        written.values[section][field] = str(here.absolute())
+        if isinstance(block, dict) and field in block:
+            block[field] = _resolved(written, (section, field), block[field])
+
+
+def _resolved(written: source.Source, key: tuple[str, str], value: Any) -> Any:
+    """`value` with its path absolute; a list of sources, or a mapping with a `path`, likewise."""
+    if key[0] == "data" and isinstance(value, tuple):
+        return tuple(_resolved(written, key, item) for item in value)
+    if key[0] == "data" and isinstance(value, dict) and "path" in value:
+        return value | {"path": _resolved(written, key, value["path"])}
+    if not isinstance(value, str) or not value:
+        return value
+    try:
+        here = written.folder(key) / Path(value).expanduser()
+        exists = here.exists()
+    except (OSError, ValueError, RuntimeError) as error:  # too long a name, a NUL, ~of-nobody
+        written.problem(key, f"not a usable path: {error}")
+        return value
+    hub_like = key in (("model", "path"), ("data", "train"), ("data", "eval"))
+    inline = key[1] == "chat_template" and ("{{" in value or "{%" in value)
+    return value if inline or (hub_like and is_hub_id(value) and not exists) else str(here.absolute())
 
 
 def is_hub_id(text: str) -> bool:
@@ -214,11 +221,10 @@ def is_hub_id(text: str) -> bool:
     parts = name.split("/")
     if text.startswith(("/", ".", "~")) or not all(parts) or len(parts) > 2:
         return False
-    return (
-        not parts[-1]
-        .lower()
-        .endswith((".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".yaml", ".yml"))
-    )
+    if any(character in name for character in "*?["):  # a glob
+        return False
+    files = (*data_section.SUFFIXES, *data_section.COMPRESSED, ".yaml", ".yml")
+    return not parts[-1].lower().endswith(files)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -276,6 +282,7 @@ _NOT_IN_FINGERPRINT = (
     "data.train",
     "data.eval",
     "data.chat_template",
+    "data.on_bad_row",
     "adapter.start_from",
 )
 

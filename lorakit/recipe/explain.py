@@ -55,7 +55,7 @@ def explain(error: ValidationError, written: Source, recipe: type[Section]) -> l
         else:
             message = str(item["msg"])
         problems.setdefault(path, Problem(written.place(path), ".".join(map(str, path)), message))
-    deep = {key[:2] for key in problems if len(key) > 2}
+    deep = {key[:depth] for key in problems for depth in range(2, len(key))}
     return [problem for key, problem in problems.items() if key not in deep]
 
 
@@ -113,12 +113,22 @@ def _section_of(path: Key, written: Source, recipe: type[Section]) -> tuple[type
     return METHOD_SECTIONS.get(str(tag)), f'method "{tag}"'
 
 
+def _inner(path: Key, section: type[Section]) -> type[Section] | None:
+    """The section type of a mapping within a field, where the field has one: an element of data.train."""
+    found = list(_members(section.model_fields[str(path[1])].annotation)) if len(path) > 2 else []
+    found += [part for member in found for part in get_args(member)]
+    found += [part for member in found if get_origin(member) for part in _members(member)]
+    return next((t for t in found if isinstance(t, type) and issubclass(t, Section)), None)
+
+
 def _unknown(path: Key, written: Source, recipe: type[Section]) -> str:
     name = str(path[-1])
     if len(path) == 1:
         names = [*recipe.model_fields, "extends"]
         return f"not a section. {did_you_mean(name, names) or 'Sections: ' + ', '.join(names)}".rstrip()
     section, label = _section_of(path, written, recipe)
+    if section and (inner := _inner(path, section)):
+        section, label = inner, f"{path[0]}.{path[1]}"
     known = list(section.model_fields) if section else []
     hint = did_you_mean(name, known)
     if not hint:
@@ -147,17 +157,22 @@ def _field(path: Key, written: Source, recipe: type[Section]) -> tuple[dict[str,
         path = path[1:]
     field = schema["properties"].get(str(path[0]))
     for part in path[1:]:
-        field = _inside(field or {}, part)
+        field = _inside(field or {}, part, schema.get("$defs", {}))
     return (field, schema.get("$defs", {})) if field else None
 
 
-def _inside(field: dict[str, Any], part: str | int) -> dict[str, Any] | None:
+def _inside(field: dict[str, Any], part: str | int, definitions: dict[str, Any]) -> dict[str, Any] | None:
     """The schema of an element of a list or of a value of a mapping."""
     for option in field.get("anyOf", [field]):
+        if "$ref" in option:
+            option = definitions[option["$ref"].rsplit("/", 1)[-1]]
         fixed = option.get("prefixItems", [])
         if isinstance(part, int) and (part < len(fixed) or "items" in option):
             inner: dict[str, Any] = fixed[part] if part < len(fixed) else option["items"]
             return inner
+        if isinstance(part, str) and part in option.get("properties", {}):
+            named: dict[str, Any] = option["properties"][part]
+            return named
         if isinstance(part, str) and isinstance(option.get("additionalProperties"), dict):
             values: dict[str, Any] = option["additionalProperties"]
             return values
@@ -202,7 +217,7 @@ def _description(path: Key, recipe: type[Section]) -> str:
     if len(path) == 1:
         field = recipe.model_fields.get(str(path[0]))
     else:
-        field = next(
-            (t.model_fields.get(str(path[1])) for t in _sections(recipe).get(str(path[0]), ())), None
-        )
+        types = _sections(recipe).get(str(path[0]), ())
+        inner = [_inner(path, t) or t for t in types if len(path) > 2] or types
+        field = next((t.model_fields.get(str(path[1 if len(path) == 2 else -1])) for t in inner), None)
     return " ".join((field.description or "").split()).split(". ")[0] if field else ""

@@ -24,13 +24,17 @@ TRAIN_ON = {
     "prompt-completion": "completion",
     "messages": "assistant",
     "sharegpt": "assistant",
+    "labelled-text": "completion",
+    "sentence-pair": "completion",
+    "text-to-text": "completion",
     "text": "all",
 }
 FITTING = {"completion": ("completion",), "assistant": ("assistant", "last-turn"), "all": ()}
 
 
 def fits(train_on: str, format_name: str) -> bool:
-    return train_on in ("auto", "all", *FITTING[TRAIN_ON[format_name]])
+    """Whether rows of this format have what `train_on` names; a format that no table knows has all."""
+    return format_name not in TRAIN_ON or train_on in ("auto", "all", *FITTING[TRAIN_ON[format_name]])
 
 
 def conflicts(recipe: Any, written: Written) -> Conflicts:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.data import MicroBatch
+from lorakit.micro_batch import MicroBatch
 
 
 class CausalLmTask:

@@ -10,9 +10,11 @@ import pytest
 
 from lorakit import data
 from lorakit.data import Loaded, load
+from lorakit.data.account import Account
 from lorakit.errors import LorakitError
 from lorakit.recipe.data import Data
 from lorakit.shapes import Layer
+from tests.samples import made
 
 LINES = [
     '{"prompt": "12", "completion": "34"}',  # 1: <s> 1 2 3 4 </s>, 6 tokens: kept
@@ -78,7 +80,7 @@ def test_every_row_that_is_read_is_in_exactly_one_column(
     found = loaded(tokenizer, LINES, max_length=8, on_long=on_long, on_bad_row="skip")
     assert found.account.rows() == expected
     assert sum(expected.values()) == 2 * expected["read"]
-    assert found.tokens.places == places
+    assert tuple(found.tokens.places) == places
     assert found.tokens.lengths.tolist() == lengths
     assert found.tokens.num_targets.tolist() == targets
     assert len(found.tokens) == expected["kept"] + expected["truncated"]
@@ -86,7 +88,8 @@ def test_every_row_that_is_read_is_in_exactly_one_column(
 
 def test_the_account_tells_the_first_row_of_each_kind_and_why(tokenizer: Any) -> None:
     first = loaded(tokenizer, LINES, max_length=8, on_long="truncate", on_bad_row="skip").account.first
-    assert set(first) == {"bad", "masked_out"}
+    assert set(first) == {"truncated", "bad", "masked_out"}
+    assert first["truncated"] == "d.jsonl:3: 11 tokens, data.max_length is 8"
     assert first["bad"].startswith("d.jsonl:4: not JSON: ")
     assert first["masked_out"] == "d.jsonl:5: nothing left to train on: 11 tokens, data.max_length is 8"
     first = loaded(tokenizer, LINES, max_length=8, on_long="drop", on_bad_row="skip").account.first
@@ -106,8 +109,8 @@ SKIP = "data.on_bad_row: skip"
 @pytest.mark.parametrize(
     ("on_long", "on_bad_row", "lines", "cures", "no_cures"),
     [
-        ("error", "error", [3, 4, 5, 6], [LONG, SKIP], []),
-        ("error", "skip", [3, 5], [LONG], [SKIP]),
+        ("error", "error", [3, 4, 6], [LONG, SKIP], []),
+        ("error", "skip", [3], [LONG], [SKIP]),
         ("truncate", "error", [4, 5, 6], [SKIP], [LONG]),
         ("drop", "error", [4, 6], [SKIP], [LONG]),
     ],
@@ -116,10 +119,12 @@ def test_what_is_an_error_is_listed_with_file_and_row_and_the_cure(
     tokenizer: Any, on_long: str, on_bad_row: str, lines: list[int], cures: list[str], no_cures: list[str]
 ) -> None:
     error = refusal(tokenizer, LINES, max_length=8, on_long=on_long, on_bad_row=on_bad_row)
-    listed = error.message.splitlines()
+    *listed, counted = error.message.splitlines()
+    number = len(lines) + (on_long == "error")  # rows 3 and 5 have one reason
+    assert counted == f"{number} of 6 rows read so far cannot be trained as they are"
     assert [line.split(": ")[0] for line in listed] == [f"d.jsonl:{number}" for number in lines]
     reasons = {
-        3: "11 tokens, data.max_length is 8",
+        3: "11 tokens, data.max_length is 8 (also row 5)",
         4: "not JSON: ",
         5: "11 tokens, data.max_length is 8",
         6: 'field "completion" is null',
@@ -146,13 +151,30 @@ def test_following_the_cures_makes_the_file_load(
     assert list(found.tokens.places) == kept
 
 
-def test_twenty_problems_are_shown_and_the_rest_is_counted(tokenizer: Any) -> None:
-    lines = ['{"prompt": "1", "completion": "2"}'] * 3 + ["{"] * 1234
-    listed = refusal(tokenizer, lines).message.splitlines()
-    assert len(listed) == 21
-    assert listed[0].startswith("d.jsonl:4: ")
-    assert listed[19].startswith("d.jsonl:23: ")
-    assert listed[20] == "... and 1,214 more of 1,237 rows"
+def test_rows_with_one_reason_are_told_together(tokenizer: Any) -> None:
+    lines = ['{"prompt": "1", "completion": "2"}'] * 3 + ["{"] * 600
+    told, counted = refusal(tokenizer, lines).message.splitlines()
+    assert told.startswith("d.jsonl:4: not JSON: ")
+    assert told.endswith("(also rows 5, 6, 7, 8, 9, 10, 11, 12 and 591 more)")
+    assert counted == "600 of 603 rows read so far cannot be trained as they are"
+
+
+def test_twenty_reasons_are_shown_and_the_rest_is_counted(tokenizer: Any) -> None:
+    lines = [json.dumps({"prompt": "1", "completion": "2" * length}) for length in range(10, 60)]
+    listed = refusal(tokenizer, lines, max_length=8).message.splitlines()
+    assert len(listed) == 22
+    assert [line.split(": ")[0] for line in listed[:20]] == [f"d.jsonl:{n}" for n in range(1, 21)]
+    assert listed[20] == "... and 30 more"
+    assert listed[21] == "50 of 50 rows read so far cannot be trained as they are"
+
+
+def test_problems_of_the_first_thousand_rows_are_told_before_the_rest_is_read(tokenizer: Any) -> None:
+    good = '{"prompt": "1", "completion": "2"}'
+    lines = [good] * 500 + ["{"] + [good] * 499
+    assert "1 of 1,000 rows" in refusal(tokenizer, [*lines, *["["] * 2000]).message
+    later = refusal(tokenizer, [good] * 2500 + ["{", good, "["])
+    assert "d.jsonl:2501: not JSON" in later.message and "d.jsonl:2503: not JSON" in later.message
+    assert "2 of 2,503 rows" in later.message
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -163,7 +185,7 @@ def test_twenty_problems_are_shown_and_the_rest_is_counted(tokenizer: Any) -> No
 def test_an_empty_file_is_refused(tokenizer: Any, lines: list[str]) -> None:
     error = refusal(tokenizer, lines)
     assert "d.jsonl: no row to train on (0 rows read, 0 kept)" in error.message
-    assert error.hint == "The file is empty."
+    assert error.hint == "It is empty."
 
 
 @pytest.mark.parametrize(
@@ -278,7 +300,7 @@ def test_columns_of_no_format_are_reported_with_the_row_that_has_them(tokenizer:
 
 def test_samples_lie_end_to_end_and_come_out_as_they_went_in(tokenizer: Any) -> None:
     found = loaded(tokenizer, LINES, max_length=8, on_long="truncate", on_bad_row="skip").tokens
-    assert found.offsets.tolist() == [0, 6, 14, 22]
+    assert found.lengths.tolist() == [6, 8, 8]
     texts = [tokenizer.decode(found.sample(index)[0]) for index in range(3)]
     assert texts == ["<s>1234</s>", "<s>1234567", "<s>123456</s>"]
     assert [found.sample(index)[1].tolist() for index in range(3)] == [
@@ -286,7 +308,7 @@ def test_samples_lie_end_to_end_and_come_out_as_they_went_in(tokenizer: Any) -> 
         [0, 0, 0, 1, 1, 1, 1, 1],
         [0, 0, 0, 0, 1, 1, 1, 1],
     ]
-    assert (found.ids.dtype, found.weights.dtype, found.offsets.dtype) == (np.int32, np.uint8, np.int64)
+    assert tuple(array.dtype for array in found.sample(0)) == (np.int32, np.uint8)
 
 
 def test_the_fingerprint_is_of_what_is_trained_and_not_of_where_it_lies(tokenizer: Any) -> None:
@@ -309,8 +331,8 @@ def test_a_sample_beyond_the_context_is_said(positions: str, says: str, capsys) 
     layers = [Layer("model.embed_tokens", "embedding", 64, 32)]
     layers += [Layer("transformer.wpe", "embedding", 8, 32)] if positions == "learned" else []
     ids = np.arange(14, dtype=np.int32)
-    tokens = data.TokenData(ids, np.ones(14, np.uint8), np.array([0, 5, 14]), ("a.jsonl:1", "a.jsonl:2"))
-    loaded = data.Loaded(tokens, data.Account(2, 2), "text", "")
+    tokens = made(ids, np.ones(14, np.uint8), [0, 5, 14], "a.jsonl")
+    loaded = data.Loaded(tokens, Account(2, 2), "text", "")
     data.check_context({"max_position_embeddings": 9}, layers, loaded, None)
     assert capsys.readouterr().err == ""
     config = {"text_config": {"max_position_embeddings": 8}}

@@ -2,25 +2,47 @@
 
 import copy
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 from tokenizers import processors
 
-from lorakit.data.formats import BadRow, Chat, Pair, Sample, Text
-from lorakit.data.render import Tokens, check_tokenizer, render
+from lorakit.data.formats import (
+    BadRow,
+    Chat,
+    Labelled,
+    Pair,
+    Preference,
+    Sample,
+    Scored,
+    SourceTarget,
+    Text,
+)
+from lorakit.data.render import Tokens, as_trained, check_tokenizer, render, render_all
 from lorakit.errors import LorakitError
 
 
-def tokens(tokenizer: Any, sample: Sample, train_on: str = "auto", max_length: int = 10_000) -> Tokens:
+class Seen(NamedTuple):
+    """Tokens as lists, which compare."""
+
+    ids: list[int]
+    weights: list[int]
+    cut: bool
+    full_length: int
+    ends: bool
+
+
+def tokens(tokenizer: Any, sample: Sample, train_on: str = "auto", max_length: int = 10_000) -> Seen:
     found = render(sample, tokenizer, train_on, max_length)
+    assert (found.ids.dtype, found.weights.dtype) == (np.int32, np.uint8)
     assert len(found.ids) == len(found.weights) <= max_length
-    assert set(found.weights) <= {0, 1}
+    assert set(found.weights.tolist()) <= {0, 1}
     assert found.weights[0] == 0
-    return found
+    return Seen(found.ids.tolist(), found.weights.tolist(), found.cut, found.full_length, found.ends)
 
 
-def trained(tokenizer: Any, found: Tokens) -> list[str]:
+def trained(tokenizer: Any, found: Seen) -> list[str]:
     """The text of every run of trained tokens."""
     runs: list[list[int]] = []
     for index, weight in enumerate(found.weights):
@@ -31,7 +53,7 @@ def trained(tokenizer: Any, found: Tokens) -> list[str]:
     return [tokenizer.decode(run, skip_special_tokens=False) for run in runs]
 
 
-def untrained(tokenizer: Any, found: Tokens) -> str:
+def untrained(tokenizer: Any, found: Seen) -> str:
     ids = [i for i, weight in zip(found.ids, found.weights, strict=True) if not weight]
     return str(tokenizer.decode(ids, skip_special_tokens=False))
 
@@ -54,6 +76,13 @@ def with_specials(tokenizer: Any, single: str) -> Any:
 
 def chat(*turns: tuple[str, str]) -> Chat:
     return Chat(tuple({"role": role, "content": content} for role, content in turns))
+
+
+ONE = chat(("user", "Hi"), ("assistant", "Yo"))
+SYSTEM = chat(("system", "Be brief"), ("user", "Hi"), ("assistant", "Yo"))
+MULTI = chat(("user", "Hi"), ("assistant", "Yo"), ("user", "Again"), ("assistant", "Bye\n"))
+TOOL = chat(("user", "Hi"), ("assistant", "call"), ("tool", "result"), ("assistant", "done"))
+OPEN = chat(("user", "Hi"), ("assistant", "Yo"), ("user", "More"))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -175,14 +204,177 @@ def test_a_chat_is_cut_like_any_other_sample(tokenizer: Any) -> None:
     assert (found.cut, found.full_length) == (True, 12)
 
 
+@pytest.mark.parametrize(("length", "ends"), [(7, False), (8, True)])
+def test_a_pair_ends_when_its_end_token_is_left(tokenizer: Any, length: int, ends: bool) -> None:
+    assert tokens(tokenizer, Pair("12", "3456"), max_length=length).ends is ends
+    assert tokens(tokenizer, Text("123456"), max_length=length).ends is ends
+
+
+def test_a_text_of_megabytes_is_cut_as_if_it_were_tokenized_at_once(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("Ada opens the bakery at noon. 12 \U0001f600\n" * 300, "no_white_space_at_all" * 300)
+    for text in words:
+        samples = [
+            Text(text),
+            Pair(text, "end"),
+            Pair("Ada", text),
+            chat(("user", "Hi"), ("assistant", text)),
+        ]
+        for sample in samples:
+            monkeypatch.setattr("lorakit.data.render._PIECE", 1 << 30)
+            whole = tokens(tokenizer, sample, max_length=20)
+            monkeypatch.setattr("lorakit.data.render._PIECE", 1000)
+            pieces = tokens(tokenizer, sample, max_length=20)
+            assert (pieces.ids, pieces.weights, pieces.ends) == (whole.ids, whole.weights, whole.ends)
+            assert (pieces.cut, whole.cut) == (True, True)
+            assert abs(pieces.full_length - whole.full_length) <= 0.01 * whole.full_length
+    assert pieces.full_length > 1000
+
+
+def test_a_text_of_many_characters_and_few_tokens_is_whole(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorakit.data.render._PIECE", 100)
+    text = "<|tool|>" * 100  # 800 characters, one token for eight
+    found = tokens(tokenizer, Text(text), max_length=102)
+    assert (len(found.ids), found.cut, found.ends) == (102, False, True)
+    found = tokens(tokenizer, Text("<|tool|>" * 1000), max_length=5)
+    assert (len(found.ids), found.full_length) == (5, 1002)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Begin, end and pad
+
+
+@pytest.mark.parametrize("sample", [Text("<s><s>Hi"), Pair("<s><s>Hi", "Yo")])
+def test_a_text_that_brings_two_begin_tokens_is_refused(tokenizer: Any, sample: Sample) -> None:
+    with pytest.raises(BadRow, match="begin-of-sequence token <s> twice: one is in the text of the row"):
+        render(sample, tokenizer, "auto", 100)
+
+
+def test_a_tokenizer_that_adds_two_begin_tokens_is_told(tokenizer: Any) -> None:
+    with pytest.raises(BadRow, match="<s> twice: the tokenizer adds one"):
+        render(Text("Hi"), with_specials(tokenizer, "<s> <s> $A"), "auto", 100)
+
+
+def test_a_text_may_be_one_begin_token_where_begin_and_end_are_one(tokenizer: Any) -> None:
+    other = copy.deepcopy(tokenizer)
+    other.bos_token = other.eos_token
+    other = with_specials(other, "$A")
+    found = tokens(other, Text("Hi"))
+    assert found.ids == [*other("Hi")["input_ids"], other.eos_token_id]
+    assert (found.weights[-1], found.ends) == (1, True)
+
+
+@pytest.mark.parametrize("pad", ["</s>", "<|tool|>", None])
+def test_padding_and_truncation_of_the_tokenizer_have_no_effect(tokenizer: Any, pad: str | None) -> None:
+    other = copy.deepcopy(tokenizer)
+    other.pad_token = pad
+    other.backend_tokenizer.enable_padding(length=64, pad_id=1, pad_token="</s>")
+    other.backend_tokenizer.enable_truncation(4)
+    samples = [Pair("When does", " Ada"), MULTI, Text("Ada opens the bakery at noon."), ONE]
+    for sample, found in zip(samples, render_all(samples, other, "auto", 1000), strict=True):
+        plain = render(sample, tokenizer, "auto", 1000)
+        assert isinstance(found, Tokens)
+        assert found.ids.tolist() == plain.ids.tolist()
+        assert found.weights.tolist() == plain.weights.tolist()
+        assert found.ends is True
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+def test_a_batch_of_all_kinds_is_what_its_samples_are_alone(tokenizer: Any) -> None:
+    samples: list[Sample] = [
+        Pair("When does", " Ada"),
+        chat(("user", "\ud800"), ("assistant", "a")),
+        MULTI,
+        Text("\udfff"),
+        Text("<s>Ada"),
+        Text("<s><s>Ada"),
+        Pair("12", "3456789" * 3),
+        ONE,
+        Text("\U0001f600é"),
+        OPEN,
+    ]
+    for length in (3, 9, 1000):
+        for sample, found in zip(samples, render_all(samples, tokenizer, "auto", length), strict=True):
+            try:
+                alone = tokens(tokenizer, sample, max_length=length)
+            except BadRow as error:
+                assert str(found) == str(error)
+            else:
+                assert isinstance(found, Tokens)
+                assert (found.ids.tolist(), found.weights.tolist()) == alone[:2]
+                assert (found.cut, found.full_length, found.ends) == alone[2:]
+
+
+def test_a_batch_of_nothing_is_nothing(tokenizer: Any) -> None:
+    assert render_all([], tokenizer, "auto", 10) == []
+
+
+def test_all_texts_of_a_kind_go_through_the_tokenizer_together(tokenizer: Any) -> None:
+    calls = []
+
+    class Counting:
+        """The tokenizer's backend, with its calls counted."""
+
+        def __getattr__(self, name: str) -> Any:
+            calls.append(name)
+            return getattr(tokenizer.backend_tokenizer, name)
+
+    other = copy.copy(tokenizer)
+    other._tokenizer = Counting()
+    render_all([MULTI, ONE] * 20, other, "auto", 1000)
+    assert calls.count("encode_batch") == 1
+    assert "encode" not in calls
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What causal-lm trains on
+
+ONE_TURN = [
+    ("alpaca", Pair("i\nc\n", "o"), "i\nc", "o"),
+    ("labelled-text", Labelled("A text", "good"), "A text", "good"),
+    ("labelled-text", Labelled("A text\n", 3), "A text", "3"),
+    ("labelled-text", Labelled("A text", True), "A text", "true"),
+    ("labelled-text", Labelled("A text", 0.5), "A text", "0.5"),
+    ("sentence-pair", Scored("One", "Two", 5.0, "5.00"), "One\nTwo", "5.00"),
+    ("text-to-text", SourceTarget("Hallo", "Hello"), "Hallo", "Hello"),
+]
+
+
+@pytest.mark.parametrize(("name", "sample", "asked", "answer"), ONE_TURN)
+def test_a_sample_of_two_texts_is_a_chat_where_there_is_a_template_and_else_a_pair(
+    tokenizer: Any, name: str, sample: Sample, asked: str, answer: str
+) -> None:
+    assert as_trained(sample, name, tokenizer) == chat(("user", asked), ("assistant", answer))
+    pair = as_trained(sample, name, with_template(tokenizer, ""))
+    assert isinstance(pair, Pair)
+    assert (pair.prompt.rstrip("\n"), pair.prompt[-1], pair.completion) == (asked, "\n", answer)
+    assert trained(tokenizer, tokens(tokenizer, pair)) == [answer + "</s>"]
+
+
+@pytest.mark.parametrize("sample", [Pair("p", "c"), ONE, Text("t")])
+def test_other_samples_are_trained_as_they_are(tokenizer: Any, sample: Sample) -> None:
+    assert as_trained(sample, "prompt-completion", tokenizer) is sample
+
+
+def test_preferences_are_refused_with_the_cure(tokenizer: Any) -> None:
+    with pytest.raises(LorakitError) as caught:
+        as_trained(Preference("p", "a", "b"), "preference", tokenizer)
+    assert "task causal-lm does not train" in caught.value.message
+    cure = "data.format: prompt-completion, data.columns: {prompt: prompt, completion: chosen}"
+    assert cure in caught.value.hint
+    with pytest.raises(LorakitError) as caught:
+        as_trained(Preference("", ONE.messages, OPEN.messages), "preference", tokenizer)
+    assert "data.format: messages, data.columns: {messages: chosen}" in caught.value.hint
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Chats: the tiny tokenizer's template is <s>, then for each turn <|role|> content </s> and a line end
-
-ONE = chat(("user", "Hi"), ("assistant", "Yo"))
-SYSTEM = chat(("system", "Be brief"), ("user", "Hi"), ("assistant", "Yo"))
-MULTI = chat(("user", "Hi"), ("assistant", "Yo"), ("user", "Again"), ("assistant", "Bye\n"))
-TOOL = chat(("user", "Hi"), ("assistant", "call"), ("tool", "result"), ("assistant", "done"))
-OPEN = chat(("user", "Hi"), ("assistant", "Yo"), ("user", "More"))
 
 MASKS = [
     ("one turn", ONE, "auto", ["Yo</s>"]),
@@ -236,6 +428,20 @@ def test_what_is_not_trained_of_a_chat_is_all_that_the_model_is_given(tokenizer:
     )
 
 
+def test_a_turn_of_weight_0_is_not_trained(tokenizer: Any) -> None:
+    first, second = ({**turn, "weight": 0} for turn in MULTI.messages[1::2])
+    asked = MULTI.messages[::2]
+    for talk, train_on, expected in (
+        (Chat((asked[0], first, asked[1], MULTI.messages[3])), "auto", ["Bye\n</s>"]),
+        (Chat((*MULTI.messages[:3], second)), "auto", ["Yo</s>"]),
+        (Chat((*MULTI.messages[:3], second)), "last-turn", ["Yo</s>"]),
+        (Chat((asked[0], first, asked[1], second)), "auto", []),
+    ):
+        found = tokens(tokenizer, talk, train_on)
+        assert trained(tokenizer, found) == expected
+        assert (found.ids, found.ends) == (tokens(tokenizer, MULTI).ids, bool(expected))
+
+
 @pytest.mark.parametrize("train_on", ["auto", "last-turn"])
 def test_a_chat_may_start_with_the_assistant_or_is_a_bad_row(tokenizer: Any, train_on: str) -> None:
     try:
@@ -266,8 +472,9 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_with_the_turn_and_a_c
     with pytest.raises(BadRow) as caught:
         render(MULTI, forgetful, "auto", 100)
     assert str(caught.value) == (
-        "turn 2: the chat template renders this turn in another way in a prompt, or when more turns follow:"
-        " what is trained would not be generated; task.train_on: last-turn or all may do"
+        "turn 2: the chat template renders the text up to here in another way when more turns follow:"
+        " 'stant|>Yo</s>' becomes 'stant|>Y</s><|user|>Again</s'. What is trained would not be generated;"
+        " task.train_on: last-turn or all may do"
     )
 
 
@@ -387,10 +594,12 @@ def test_a_template_that_reaches_for_python_is_refused(
     assert not (tmp_path / "pwned").exists()
 
 
-def test_a_class_in_a_template_renders_as_nothing(tokenizer: Any) -> None:
-    found = tokens(with_template(tokenizer, "{{ ''.__class__ }}"), ONE)
-    assert found.ids == [tokenizer.eos_token_id]
-    assert found.weights == [0]
+def test_a_class_in_a_template_renders_as_nothing_and_what_is_lost_is_told(tokenizer: Any) -> None:
+    other = with_template(tokenizer, "{{ ''.__class__ }}")
+    with pytest.raises(BadRow, match="turn 2: the chat template leaves out a part of the turn's content"):
+        render(ONE, other, "auto", 100)
+    found = tokens(other, ONE, "all")
+    assert (found.ids, found.weights, found.ends) == ([tokenizer.eos_token_id], [0], False)
 
 
 # ------------------------------------------------------------------------------------------------------------

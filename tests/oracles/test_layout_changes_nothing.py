@@ -17,14 +17,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorakit import loop, optim
 from lorakit.adapters import Adapter, Role, attach
-from lorakit.data import TokenData
 from lorakit.data.batches import Batches, deal, order, samples_of, steps_per_epoch
+from lorakit.data.tokens import TokenData
 from lorakit.kernels import attention
 from lorakit.layers import layers_of
 from lorakit.recipe.adapter import Lora
 from lorakit.recipe.optimizer import AdamW
 from lorakit.targets import assign, select
 from lorakit.tasks.causal_lm import CausalLmTask
+from tests.samples import made, whole
 
 VOCABULARY = 64
 BATCH_SIZE = 8
@@ -46,12 +47,8 @@ def token_data() -> TokenData:
     weights = [draw.integers(0, 2, length) for length in LENGTHS]
     for marks in weights:
         marks[-1], marks[0] = 1, 0
-    return TokenData(
-        ids=draw.integers(0, VOCABULARY, sum(LENGTHS)).astype(np.int32),
-        weights=np.concatenate(weights).astype(np.uint8),
-        offsets=np.cumsum([0, *LENGTHS]),
-        places=tuple(f"drawn:{number}" for number in range(len(LENGTHS))),
-    )
+    ids = draw.integers(0, VOCABULARY, sum(LENGTHS)).astype(np.int32)
+    return made(ids, np.concatenate(weights).astype(np.uint8), np.cumsum([0, *LENGTHS]))
 
 
 def batches(seed: int = 0, **layout: Any) -> Batches:
@@ -186,7 +183,7 @@ def test_the_layouts_are_different() -> None:
         name: [tuple(micro.input_ids.shape) for micro in batches(**layout).at(0).micros]
         for name, layout in LAYOUTS.items()
     }
-    samples = samples_of(0, len(LENGTHS), BATCH_SIZE, seed=0)
+    samples = samples_of(0, whole(len(LENGTHS)), BATCH_SIZE, seed=0)
     assert shapes[REFERENCE] == [(1, sum(LENGTHS[sample] for sample in samples))]
     assert len(shapes["one sample at a time"]) == BATCH_SIZE
     assert 1 < len(shapes["packed rows of 30"]) < BATCH_SIZE
@@ -282,18 +279,19 @@ def test_before_the_first_step_the_model_is_the_base_model(packing: bool) -> Non
 @pytest.mark.parametrize(("num_samples", "batch_size"), [(1, 1), (7, 3), (8, 8), (8, 100), (64, 5)])
 def test_an_epoch_is_every_sample_once(num_samples: int, batch_size: int) -> None:
     """Its steps are disjoint, all full but the last, and follow the order of the epoch."""
-    number = steps_per_epoch(num_samples, batch_size)
+    number = steps_per_epoch(whole(num_samples), batch_size)
     for epoch in range(3):
         steps = [
-            samples_of(epoch * number + place, num_samples, batch_size, seed=4) for place in range(number)
+            samples_of(epoch * number + place, whole(num_samples), batch_size, seed=4)
+            for place in range(number)
         ]
         assert sorted(np.concatenate(steps).tolist()) == list(range(num_samples))
         assert [len(step) for step in steps[:-1]] == [batch_size] * (number - 1)
-        assert np.concatenate(steps).tolist() == order(num_samples, 4, epoch).tolist()
+        assert np.concatenate(steps).tolist() == order(whole(num_samples), 4, epoch).tolist()
 
 
 def test_epochs_and_seeds_have_orders_of_their_own() -> None:
-    orders = [tuple(order(64, seed, epoch)) for seed in (0, 1, 2**62) for epoch in range(3)]
+    orders = [tuple(order(whole(64), seed, epoch)) for seed in (0, 1, 2**62) for epoch in range(3)]
     assert len(set(orders)) == len(orders)
 
 
@@ -302,7 +300,7 @@ def test_ranks_share_the_samples_of_a_step(num_ranks: int) -> None:
     """Every sample is on one rank, and no two ranks differ by more tokens than the longest sample has."""
     lengths = np.array(LENGTHS)
     for step in range(6):
-        samples = samples_of(step, len(LENGTHS), BATCH_SIZE, seed=0)
+        samples = samples_of(step, whole(len(LENGTHS)), BATCH_SIZE, seed=0)
         hands = deal(samples, lengths, num_ranks)
         assert len(hands) == num_ranks
         assert sorted(sample for hand in hands for sample in hand) == sorted(samples.tolist())
@@ -316,7 +314,7 @@ def test_the_micro_batches_of_all_ranks_are_the_step(num_ranks: int, packing: bo
     """Sample by sample, token by token and target by target, in the partial step (1) too."""
     data = token_data()
     for step in range(3):
-        samples = samples_of(step, len(LENGTHS), BATCH_SIZE, seed=0)
+        samples = samples_of(step, whole(len(LENGTHS)), BATCH_SIZE, seed=0)
         steps = [
             batches(micro_batch_tokens=30, packing=packing, rank=rank, num_ranks=num_ranks).at(step)
             for rank in range(num_ranks)

@@ -16,14 +16,15 @@ from torch import Tensor, nn
 
 from lorakit import loop, optim
 from lorakit.adapters import Adapter, attach
-from lorakit.data import TokenData
 from lorakit.data.batches import Batches, order
+from lorakit.data.tokens import TokenData
 from lorakit.recipe.adapter import Lora
 from lorakit.recipe.optimizer import AdamW
 from lorakit.shapes import Layer
 from lorakit.targets import Target
 from lorakit.tasks.causal_lm import CausalLmTask
 from tests.oracles import lora_by_hand
+from tests.samples import made
 
 VOCABULARY, EMBEDDING, HIDDEN = 13, 6, 8
 RANK1, RANK2 = 3, 2
@@ -133,19 +134,16 @@ def arrays() -> tuple[lora_by_hand.Arrays, lora_by_hand.Arrays]:
 
 def token_data() -> TokenData:
     draw = np.random.default_rng(2)
-    return TokenData(
-        ids=draw.integers(0, VOCABULARY, sum(LENGTHS)).astype(np.int32),
-        weights=np.array([int(mark) for mark in "".join(TRAINED)], dtype=np.uint8),
-        offsets=np.cumsum([0, *LENGTHS]),
-        places=tuple(f"by hand:{number}" for number in range(len(LENGTHS))),
-    )
+    ids = draw.integers(0, VOCABULARY, sum(LENGTHS)).astype(np.int32)
+    weights = np.array([int(mark) for mark in "".join(TRAINED)], dtype=np.uint8)
+    return made(ids, weights, np.cumsum([0, *LENGTHS]))
 
 
 def documents_of_steps(data: TokenData) -> list[list[lora_by_hand.Document]]:
     """The permutation of each epoch cut in threes, the last step with the one that is left."""
     steps = []
     for epoch in range(EPOCHS):
-        a, b, c, d, e, f, g = (data.sample(sample) for sample in order(len(data), SEED, epoch))
+        a, b, c, d, e, f, g = (data.sample(sample) for sample in order(data.parts, SEED, epoch))
         steps += [[a, b, c], [d, e, f], [g]]
     return steps
 

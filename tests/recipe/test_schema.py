@@ -9,7 +9,7 @@ import pytest
 
 from lorakit.recipe import Recipe, json_schema
 from lorakit.recipe.adapter import METHOD_SECTIONS, AdaLora, Full, Lora
-from lorakit.recipe.data import Data
+from lorakit.recipe.data import FORMAT_FIELDS, Data, Source
 from lorakit.recipe.model import Model
 from lorakit.recipe.optimizer import AdamW, Schedule
 from lorakit.recipe.section import Section
@@ -23,6 +23,7 @@ SECTIONS: list[type[Section]] = [
     AdaLora,
     Full,
     CausalLm,
+    Source,
     Data,
     AdamW,
     Schedule,
@@ -104,7 +105,7 @@ def test_the_schema_names_its_dialect_and_is_json() -> None:
 def test_the_values_of_a_choice_are_listed() -> None:
     data = json_schema()["$defs"]["Data"]["properties"]
     assert data["on_long"]["enum"] == ["error", "truncate", "drop"]
-    assert data["format"]["enum"] == ["auto", "alpaca", "prompt-completion", "messages", "sharegpt", "text"]
+    assert data["format"]["enum"] == ["auto", *FORMAT_FIELDS]
 
 
 def test_reading_recipes_imports_no_torch() -> None:

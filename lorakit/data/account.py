@@ -1,0 +1,144 @@
+"""The account of a data set: where every row that was read went, and what is left to train on.
+
+Rows are counted while they are read; tokens, lengths and repetitions are measured on what was kept.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from lorakit.data.tokens import TokenData
+
+KINDS = ("kept", "truncated", "dropped", "masked_out", "bad")
+_ROWS = ("read", *KINDS)
+
+# The line of a recipe that decides what becomes of a row of a kind.
+CURES = {
+    "truncated": "data.on_long: truncate cut them; data.max_length keeps them whole",
+    "dropped": "data.on_long: drop left them out; truncate or a larger data.max_length keeps them",
+    "masked_out": "data.on_bad_row: skip left them out; task.train_on decides what is trained",
+    "bad": "data.on_bad_row: skip left them out",
+}
+
+
+@dataclass
+class Account:
+    """Each row that was read is in exactly one of kept, truncated, dropped, masked_out and bad."""
+
+    read: int = 0
+    kept: int = 0  # trained whole
+    truncated: int = 0  # trained without its end (on_long: truncate)
+    dropped: int = 0  # too long (on_long: drop)
+    masked_out: int = 0  # nothing left to predict (on_bad_row: skip)
+    bad: int = 0  # not readable as a sample (on_bad_row: skip)
+    duplicates: int = 0  # rows with the tokens of an earlier one: reported, never dropped
+    repeated_ids: int = 0  # rows whose field "id" an earlier row has
+    also_in_train: int = 0  # held-out rows that stand in the training rows too
+    tokens: int = 0
+    trained_tokens: int = 0
+    trained_ends: int = 0  # samples in which an end token (of a turn or of the text) is trained
+    lengths: dict[int, int] = field(default_factory=dict)  # upper bound, a power of two -> samples
+    longest: str = ""  # "file:row (N tokens)"
+    first: dict[str, str] = field(default_factory=dict, repr=False)  # kind -> its first row, and why
+
+    def rows(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in _ROWS}
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "lengths": {str(bound): n for bound, n in self.lengths.items()}}
+
+    def __str__(self) -> str:
+        gone = [f"{getattr(self, kind):,} {_words(kind)}" for kind in KINDS[1:] if getattr(self, kind)]
+        return ", ".join([f"{self.read:,} rows read", f"{self.kept:,} kept", *gone])
+
+    def lines(self) -> list[str]:
+        return table([("training", self)])
+
+    def measure(self, tokens: TokenData) -> None:
+        """Fill in all that is known of the samples themselves."""
+        self.tokens, self.trained_tokens = tokens.num_tokens, tokens.num_trained
+        self.trained_ends = int(tokens.column("ends").sum())
+        lengths = tokens.lengths
+        bounds = np.exp2(np.ceil(np.log2(lengths))).astype(np.int64)
+        self.lengths = {int(bound): int((bounds == bound).sum()) for bound in np.unique(bounds)}
+        at = int(lengths.argmax())
+        self.longest = f"{tokens.places[at]} ({lengths[at]:,} tokens)"
+        self.duplicates = self._repeated(tokens, tokens.column("hash"), "duplicates")
+        self.repeated_ids = self._repeated(tokens, tokens.column("id_hash"), "repeated_ids")
+
+    def _repeated(self, tokens: TokenData, marks: np.ndarray, kind: str) -> int:
+        """Number of samples whose mark (0: none) an earlier sample has; the first of them is remembered."""
+        marked = np.flatnonzero(marks)
+        order = marked[np.argsort(marks[marked], kind="stable")]
+        again = np.flatnonzero(marks[order[1:]] == marks[order[:-1]]) + 1
+        if len(again):
+            place = again[order[again].argmin()]
+            self.first[kind] = f"{tokens.places[order[place]]} repeats {tokens.places[order[place - 1]]}"
+        return len(again)
+
+    def compare(self, held_out: TokenData, train: TokenData) -> None:
+        """Count the held-out samples that are trained on."""
+        mine, trained = held_out.column("hash"), train.column("hash")
+        found = np.flatnonzero(np.isin(mine, trained))
+        self.also_in_train = len(found)
+        if len(found):
+            same = int(np.flatnonzero(trained == mine[found[0]])[0])
+            self.first["also_in_train"] = f"{held_out.places[found[0]]} is {train.places[same]}"
+
+
+def account_of(rows: Mapping[str, int], first: Mapping[str, str]) -> Account:
+    """The account of rows that were counted before."""
+    account = Account(first=dict(first))
+    for name, number in rows.items():
+        setattr(account, name, number)
+    return account
+
+
+def _words(kind: str) -> str:
+    return {"repeated_ids": "repeated ids", "also_in_train": "also in training"}.get(
+        kind, kind.replace("_", " ")
+    )
+
+
+def table(parts: Sequence[tuple[str, Account]]) -> list[str]:
+    """The account as lines: one column for each part (name, account), what is zero everywhere left out."""
+    accounts = [account for _, account in parts]
+    rows: list[tuple[str, list[str]]] = [("rows", [name for name, _ in parts])]
+    for kind in (*_ROWS, "duplicates", "repeated_ids", "also_in_train"):
+        counts = [getattr(account, kind) for account in accounts]
+        if any(counts) or kind in ("read", "kept"):
+            rows.append((_words(kind), [f"{count:,}" for count in counts]))
+    rows.append(("tokens", [f"{account.tokens:,}" for account in accounts]))
+    shares = [100 * account.trained_tokens / max(1, account.tokens) for account in accounts]
+    trained = zip(accounts, shares, strict=True)
+    rows.append(("trained tokens", [f"{a.trained_tokens:,} ({share:.1f} %)" for a, share in trained]))
+    width = max(len(name) for name, _ in rows)
+    wide = [max(len(cells[column]) for _, cells in rows) for column in range(len(parts))]
+    lines = [
+        f"{name:<{width}}  " + "  ".join(f"{cell:>{w}}" for cell, w in zip(cells, wide, strict=True))
+        for name, cells in rows
+    ]
+    for name, account in parts:
+        lines += ["", *_histogram(name, account)]
+    for name, account in parts:
+        lines += [line for kind in account.first for line in _told(name, account, kind)]
+    return lines
+
+
+def _histogram(name: str, account: Account) -> list[str]:
+    most = max(account.lengths.values(), default=1)
+    number = max((len(f"{n:,}") for n in account.lengths.values()), default=1)
+    lines = [f"{name}: samples by length in tokens; the longest is {account.longest}"]
+    for bound, count in account.lengths.items():
+        bar = "#" * max(1, round(40 * count / most))
+        lines.append(f"{f'{bound // 2 + 1:,} to {bound:,}':>18}  {count:>{number},}  {bar}")
+    return lines
+
+
+def _told(name: str, account: Account, kind: str) -> list[str]:
+    """The first row of a kind, why it is there, and what the recipe can do about it."""
+    line = f"{name}: first {_words(kind)}: {account.first[kind]}"
+    cure = CURES.get(kind)
+    return ["", line, *([f"  {cure}"] if cure else [])]

@@ -1,0 +1,33 @@
+"""The tensors of one forward pass.
+
+Shapes: T tokens of a packed row, or B rows of T tokens when padded; M trained tokens.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    input_ids: Tensor  # (1, T) packed, (B, T) padded
+    position_ids: Tensor  # as input_ids; starts again at 0 in every document
+    document_lengths: tuple[int, ...] | None  # packed: sums to T
+    attention_mask: Tensor | None  # (B, T) padded: 1 at real tokens
+    predictors: Tensor  # (M,) indices into the B * T positions whose next token is trained
+    targets: Tensor  # (M,) those next tokens
+    samples: tuple[int, ...]  # indices of the samples, for messages
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        return replace(
+            self,
+            input_ids=moved(self.input_ids),
+            position_ids=moved(self.position_ids),
+            attention_mask=None if self.attention_mask is None else moved(self.attention_mask),
+            predictors=moved(self.predictors),
+            targets=moved(self.targets),
+        )

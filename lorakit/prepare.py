@@ -1,0 +1,237 @@
+"""All that stands before step 0: tokens, model, adapter, plan. Bad input is found here, cheapest first."""
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from lorakit import base_model, data, model_files, report, tasks
+from lorakit.adapters import Adapter, attach
+from lorakit.base_model import Base
+from lorakit.data.batches import Batches, StreamBatches, heaviest, longest_possible
+from lorakit.data.render import check_tokenizer
+from lorakit.devices import agree, autocast_for, describe, hardware_of, peak_bytes
+from lorakit.errors import RecipeError
+from lorakit.kernels import attention
+from lorakit.layers import dimensions, num_parameters, whole_modules
+from lorakit.plan import (
+    Decision,
+    Decisions,
+    Plan,
+    check_start,
+    choose_data,
+    choose_layout,
+    choose_precision,
+    choose_targets,
+    count_steps,
+    make_plan,
+)
+from lorakit.recipe import Recipe
+from lorakit.targets import Target
+from lorakit.terminal import say
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that stands before step 0."""
+
+    tokenizer: Any
+    rows: data.Loaded
+    held_out: data.Loaded | None
+    task: tasks.Task
+    base: Base
+    adapter: Adapter
+    autocast: Callable[[], AbstractContextManager[Any]]
+    plan: Plan
+    params: dict[str, Any]  # the content of params.json
+
+
+def prepare(recipe: Recipe, record: dict[str, Any], ranks: Accelerator) -> Prepared:
+    """Tokens, model, adapter and plan. `record` is run.json of the run to continue: what it decided holds."""
+    # Data first: a bad row costs seconds to find, a model minutes to load.
+    folder = model_files.locate(recipe.model)
+    tokenizer = base_model.load_tokenizer(folder, recipe.model, recipe.data.chat_template)
+    rows, held_out = load_rows(recipe, tokenizer)
+
+    hardware = hardware_of(ranks.device)
+    decisions = {name: Decision(**d) for name, d in record.get("decisions", {}).items()}
+    if not decisions:
+        decisions = agree(ranks, choose_precision(recipe, model_files.stored_dtype(folder), hardware))
+    precision = decisions["training.precision"].value
+    base = load_base(recipe, folder, tokenizer, decisions["model.dtype"].value, ranks.device)
+    data.check_context(base.config.to_dict(), base.layers, rows, held_out)
+    num_base = num_parameters(base.model, base.layers)
+    adapter = attach_adapter(recipe, base, count_steps(recipe, rows.tokens.num_draws))
+    autocast = autocast_for(precision, ranks.device)
+
+    if "data.packing" not in decisions:
+        longest = max(longest_of(recipe, rows), longest_of(recipe, held_out))
+        isolated = isolation(recipe, base, longest, autocast)
+        shape = dimensions(base.config)
+        layout = choose_layout(recipe, precision, longest, shape, hardware, isolated)
+        decisions = agree(ranks, decisions | choose_data(recipe, rows.format, rows.why) | layout)
+    settle(base.model, decisions, ranks.device)
+    plan = make_plan(recipe, 0 if rows.stream else rows.tokens.num_draws, decisions)
+    params = report.parameters(adapter, num_base)
+    task = tasks.build(recipe.task)
+    ready = Prepared(tokenizer, rows, held_out, task, base, adapter, autocast, plan, params)
+    try_heaviest(ready, recipe, ranks.device)
+    return ready
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def load_rows(recipe: Recipe, tokenizer: Any) -> tuple[data.Loaded, data.Loaded | None]:
+    """Training rows and held-out rows as tokens, with their account."""
+    check_tokenizer(tokenizer)
+    rows, held_out = data.load_parts(recipe, tokenizer)
+    say("\n".join(data.account_lines(rows, held_out)) + "\n")
+    return rows, held_out
+
+
+def batches_of(
+    ready: Prepared, recipe: Recipe, ranks: Accelerator
+) -> tuple[Batches | StreamBatches, Batches | None]:
+    """(the plan over the training rows, the one over the held-out rows) of this rank."""
+    shared: Any = {
+        "batch_size": recipe.training.batch_size,
+        "micro_batch_tokens": ready.plan["training.micro_batch_tokens"],
+        "packing": ready.plan["data.packing"],
+        "rank": ranks.process_index,
+        "num_ranks": ranks.num_processes,
+    }
+    rows, held_out, seed = ready.rows, ready.held_out, recipe.training.seed
+    return (
+        StreamBatches(rows.stream, **shared) if rows.stream else Batches(rows.tokens, seed=seed, **shared),
+        Batches(held_out.tokens, seed=seed, **shared) if held_out else None,
+    )
+
+
+def longest_of(recipe: Recipe, rows: data.Loaded | None) -> int:
+    """Tokens of the longest sample; of a stream, of the longest that may come."""
+    if rows is None:
+        return 0
+    return recipe.data.max_length if rows.stream else int(rows.tokens.lengths.max())
+
+
+def try_heaviest(ready: Prepared, recipe: Recipe, device: torch.device) -> None:
+    """Forward and backward of what needs the most memory, before step 0: it runs out now or never.
+
+    Nothing stays of it: gradients are dropped, and the loop seeds every draw.
+    """
+    tokens, budget = ready.rows.tokens, ready.plan["training.micro_batch_tokens"]
+    if ready.rows.stream:
+        tokens = longest_possible(tokens, recipe.data.max_length, budget)
+    ready.base.model.train()
+    micros = heaviest(tokens, budget, ready.plan["data.packing"])
+    for micro in micros:
+        with ready.autocast():
+            loss = ready.task.loss_sum(ready.base.model, micro.to(device))
+        loss.backward()
+        for item in ready.adapter.trained():
+            item.parameter.grad = None
+    most = max(micro.input_ids.numel() for micro in micros)
+    say(f"trial     {most:,} tokens at once, the most of this run, fit: {peak_bytes() / 1e9:.2f} GB so far")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Model and adapter
+
+
+def load_base(recipe: Recipe, folder: Path, tokenizer: Any, dtype: str, device: torch.device) -> Base:
+    began = time.perf_counter()
+    base = base_model.load(folder, recipe.model, tasks.build(recipe.task).model_class, dtype, device)
+    if recipe.model.quantize == "none":
+        base.model.to(device)
+    check_tokenizer(tokenizer, base.model.get_input_embeddings().num_embeddings)
+    held = dtype if recipe.model.quantize == "none" else f"{recipe.model.quantize}, the rest {dtype}"
+    say(f"model     {recipe.model.path} in {held}, loaded in {time.perf_counter() - began:.1f} s")
+    return base
+
+
+def attach_adapter(recipe: Recipe, base: Base, total_steps: int) -> Adapter:
+    """The adapter of the recipe on the model, new or continued from `start_from`."""
+    section: Any = recipe.adapter
+    seed = recipe.training.seed
+    if section.method == "full":
+        return attach(section, base.model, [], seed, stored_config=base.config)
+    planned = {"total_steps": total_steps} if section.method == "adalora" else {}
+    whole, problems = whole_modules(base.model, section.train_also)
+    if problems:
+        raise RecipeError(recipe.problem("adapter.train_also", message) for message in problems)
+    if section.start_from is None:
+        targets = choose_targets(recipe, base.layers)
+        return attach(section, base.model, targets, seed, train_also=whole, **planned)
+    from lorakit.adapters.lora import read_adapter
+
+    there = read_adapter(Path(section.start_from), base.layers)
+    if not there.factors:
+        raise RecipeError([recipe.problem("adapter.start_from", "it adapts no layer")])
+    if found := check_start(recipe, base.layers, there.targets, there.scaling, whole, there.train_also):
+        raise RecipeError(found)
+    if section.method == "adalora":
+        alpha = 2.0 * section.init_rank if section.alpha == "auto" else section.alpha
+        targets = [Target(target.layer, section.init_rank, alpha) for target in there.targets]
+        adapter = attach(section, base.model, targets, seed, train_also=there.train_also, **planned)
+        adapter.continue_from(there.factors, there.whole)  # type: ignore[attr-defined]
+        return adapter
+    section = section.model_copy(update={"scaling": there.scaling})
+    adapter = attach(section, base.model, there.targets, seed, train_also=there.train_also)
+    adapter.load_state(there.tensors)
+    return adapter
+
+
+def isolation(
+    recipe: Recipe, base: Base, longest: int, autocast: Callable[[], AbstractContextManager[Any]]
+) -> str:
+    """Empty when packed documents were proved not to see each other in this model, else why rows are padded.
+
+    `longest`: tokens of the longest sample, which a window that only the model's mask knows must not cut.
+    """
+    if not recipe.data.packing or recipe.model.attention != "auto":
+        return ""
+    text = base.config.get_text_config()
+    shape = dimensions(base.config)
+    window = getattr(text, "sliding_window", None) or getattr(text, "attention_chunk_size", None)
+    with autocast():
+        return attention.prove_isolation(
+            base.model, shape.num_layers, shape.vocabulary, bool(base.experts), window or 0, longest
+        )
+
+
+def settle(model: Any, decisions: Decisions, device: torch.device) -> None:
+    """Put the model into the state that was decided."""
+    if decisions["data.packing"].value:
+        attention.register()
+        model.set_attn_implementation(attention.NAME)
+    if decisions["training.gradient_checkpointing"].value:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if decisions["training.deterministic"].value and device.type == "cuda":
+        torch.use_deterministic_algorithms(True)
+
+
+def facts_of(ready: Prepared, ranks: Accelerator) -> dict[str, Any]:
+    """What run.json says of rows, model and machine; some must be the same for a run to continue."""
+    rows, held_out = ready.rows, ready.held_out
+    return {
+        "fingerprints": {
+            "model": ready.base.fingerprint,
+            "train": rows.stream.fingerprint() if rows.stream else rows.tokens.fingerprint(),
+            "eval": held_out.tokens.fingerprint() if held_out else None,
+        },
+        "num_ranks": ranks.num_processes,
+        "device": describe(ranks.device),
+        "rows": rows.account.rows(),
+        "eval_rows": held_out.account.rows() if held_out else None,
+        "account": {
+            "train": rows.account.as_dict(),
+            "eval": held_out.account.as_dict() if held_out else None,
+        },
+    }
