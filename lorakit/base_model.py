@@ -1,11 +1,10 @@
-"""The base model and its tokenizer: from a directory, in full precision or quantized, as layers.
+"""The base model: from a directory, in full precision or quantized, as layers.
 
 Weights are safetensors only. Not here: where the directory comes from (model_files.py), what is attached to
 the model (adapters/).
 """
 
 import copy
-import logging
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,41 +36,6 @@ class Base:
 
 # ------------------------------------------------------------------------------------------------------------
 # Loading
-
-
-def quiet() -> None:
-    """Say only what a user must act on; lorakit reports what it does itself."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"(peft|bitsandbytes|transformers|torch|accelerate)\..*")
-
-
-def load_tokenizer(folder: Path, section: Model, chat_template: str | None) -> Any:
-    """The tokenizer of a model directory, with the recipe's chat template (text or a file) in place of its
-    own."""
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=section.trust_remote_code
-        )
-    except Exception as error:  # the tokenizers library raises bare Exception
-        raise LorakitError(
-            f"model.path: no tokenizer can be loaded from {folder}: {str(error).splitlines()[0][:200]}",
-            "tokenizer.json and tokenizer_config.json must lie beside config.json.",
-        ) from None
-    if chat_template is not None:
-        tokenizer.chat_template = template_text(chat_template)
-    return tokenizer
-
-
-def template_text(chat_template: str | None) -> str | None:
-    """A recipe's chat template as text: as it stands, or out of the file that it names."""
-    if chat_template is None or "{{" in chat_template or "{%" in chat_template:
-        return chat_template
-    try:
-        return Path(chat_template).read_text()
-    except OSError as error:
-        raise LorakitError(f"data.chat_template: {chat_template}: {error.strerror}") from None
 
 
 def load_config(folder: Path, section: Model) -> Any:

@@ -14,7 +14,7 @@ import typer
 
 from lorakit import __version__
 from lorakit.errors import LorakitError, RecipeError, RunError, as_told
-from lorakit.terminal import say, speaks, without_bars
+from lorakit.terminal import harmless, say, speaks, without_bars
 
 app = typer.Typer(
     name="lorakit",
@@ -31,6 +31,9 @@ RecipeFile = Annotated[
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change a field, e.g. optimizer.lr=1e-4. Repeatable."),
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Agree to run the model's own Python code.")
 ]
 BaseModel = Annotated[
     str | None,
@@ -64,9 +67,7 @@ def train(
     resume: Annotated[
         str, typer.Option(metavar="auto|never|CHECKPOINT", help="Continue the run that the directory holds.")
     ] = "never",
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Agree to run the model's own Python code.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Train what a recipe says."""
     loaded = _load(recipe, set_, output)
@@ -113,6 +114,7 @@ def preview(
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write a page for a browser, instead of text.")
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Show the exact tokens of samples, and which are trained.
 
@@ -121,10 +123,12 @@ def preview(
     loaded = _load(recipe, set_, Path("."))
     from lorakit import preview_html
     from lorakit.preview import preview as look
+    from lorakit.tokenizer import without_torch
 
+    without_torch(loaded.model)
     if html is not None:
         preview_html.check_place(html)
-    found = look(loaded, number)
+    found = look(loaded, number, trust_remote_code)
     if html is not None:
         preview_html.write(html, preview_html.page(found))
     if as_json:
@@ -353,7 +357,7 @@ def main() -> None:
         if "--debug" in sys.argv[1:]:
             traceback.print_exc()
         if speaks() or isinstance(told, RunError):  # what fails while running may fail on one rank only
-            print(f"lorakit: {told}", file=sys.stderr)
+            print(harmless(f"lorakit: {told}"), file=sys.stderr)
         _leave(told.exit_code)
     except (KeyboardInterrupt, SystemExit) as end:  # Typer makes the second of the first
         if isinstance(end, SystemExit) and end.code != 130:

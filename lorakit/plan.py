@@ -255,8 +255,9 @@ def choose_layout(
 def choose_data(recipe: Recipe, format_name: str, why: str) -> Decisions:
     """data.format and task.train_on, once the first row has been seen."""
     train_on = recipe.task.train_on
-    meaning = TRAIN_ON[format_name] if train_on == "auto" else train_on
-    reason = f"the rows are {format_name}" if train_on == "auto" else "as the recipe says"
+    meaning = TRAIN_ON.get(format_name, "auto") if train_on == "auto" else train_on  # auto: sources differ
+    rows = f"the rows are {format_name}" if format_name in TRAIN_ON else "each source has a format of its own"
+    reason = rows if train_on == "auto" else "as the recipe says"
     return {"data.format": Decision(format_name, why), "task.train_on": Decision(meaning, reason)}
 
 

@@ -34,6 +34,7 @@ from lorakit.plan import (
 from lorakit.recipe import Recipe
 from lorakit.targets import Target
 from lorakit.terminal import say
+from lorakit.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def prepare(recipe: Recipe, record: dict[str, Any], ranks: Accelerator) -> Prepa
     """Tokens, model, adapter and plan. `record` is run.json of the run to continue: what it decided holds."""
     # Data first: a bad row costs seconds to find, a model minutes to load.
     folder = model_files.locate(recipe.model)
-    tokenizer = base_model.load_tokenizer(folder, recipe.model, recipe.data.chat_template)
+    tokenizer = load_tokenizer(folder, recipe.model, recipe.data.chat_template)
     rows, held_out = load_rows(recipe, tokenizer)
 
     hardware = hardware_of(ranks.device)
@@ -92,6 +93,7 @@ def load_rows(recipe: Recipe, tokenizer: Any) -> tuple[data.Loaded, data.Loaded 
     """Training rows and held-out rows as tokens, with their account."""
     check_tokenizer(tokenizer)
     rows, held_out = data.load_parts(recipe, tokenizer)
+    data.check_ends(rows, recipe.data)
     say("\n".join(data.account_lines(rows, held_out)) + "\n")
     return rows, held_out
 

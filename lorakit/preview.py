@@ -10,19 +10,20 @@ import io
 import os
 import random
 import sys
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorakit import base_model, data, model_files
+from lorakit import data, model_files
 from lorakit.data.account import Account, table
 from lorakit.data.render import check_tokenizer
 from lorakit.recipe import Recipe
+from lorakit.terminal import signs, visible
+from lorakit.tokenizer import load_tokenizer, quiet
+from lorakit.validate import check_code
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -155,15 +156,16 @@ class Preview:
 # What is shown
 
 
-def preview(recipe: Recipe, number: int) -> Preview:
+def preview(recipe: Recipe, number: int, trust_remote_code: bool = False) -> Preview:
     """`number` samples of the training rows and the account of all rows. Loads no weights.
 
     All samples where `number` covers them; the first for 1; else the longest, the shortest and random ones,
     drawn by training.seed.
     """
-    base_model.quiet()
+    check_code(recipe, trust_remote_code)
+    quiet()
     folder = model_files.locate(recipe.model, weights=False)
-    tokenizer = base_model.load_tokenizer(folder, recipe.model, recipe.data.chat_template)
+    tokenizer = load_tokenizer(folder, recipe.model, recipe.data.chat_template)
     check_tokenizer(tokenizer)
     train, held_out = data.load_parts(recipe, tokenizer)
     tokens = train.tokens
@@ -243,31 +245,3 @@ def _spans(
             found.append((start, end, text))
             start = end
     return found
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Characters
-
-
-def signs(text: str) -> Iterator[tuple[str, bool]]:
-    """`text` as it may be shown, in runs: (characters, whether they are signs that stand for others)."""
-    for is_sign, run in groupby(text, lambda character: _shown(character) != character):
-        yield "".join(map(_shown, run)), is_sign
-
-
-def visible(text: str) -> str:
-    """`text` with signs for all that cannot be seen: no control character but a line end after its sign."""
-    return "".join(map(_shown, text))
-
-
-@lru_cache(maxsize=4096)
-def _shown(character: str) -> str:
-    r"""The character, or a sign for it: ↵, → or an escape such as \x1b, \u202e, \xa0.
-
-    Unicode's categories C (control, format, private, unassigned) and Z (blanks) are what nobody can see.
-    """
-    if character in "\n\t":
-        return {"\n": "↵\n", "\t": "→"}[character]
-    if character != " " and unicodedata.category(character)[0] in "CZ":
-        return character.encode("unicode_escape").decode()
-    return character

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from lorakit.data.account import CURES, Account
 from lorakit.errors import LorakitError
-from lorakit.preview import BEGIN, CUT, END, Piece, Preview, Shown, signs, visible
-from lorakit.terminal import say
+from lorakit.preview import BEGIN, CUT, END, Piece, Preview, Shown
+from lorakit.terminal import say, signs, visible
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 _STYLE = """

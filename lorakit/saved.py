@@ -23,6 +23,7 @@ from lorakit.recipe import is_hub_id, load_recipe
 from lorakit.recipe.adapter import Lora
 from lorakit.recipe.model import Model
 from lorakit.terminal import say
+from lorakit.tokenizer import load_tokenizer, quiet, template_text
 
 _SAY_BASE = "--base PATH (generate and chat: --base-path)"
 _SAFE_PARTS = ("path", "revision", "quantize", "double_quant", "compute_dtype")
@@ -131,7 +132,7 @@ def _provenance_of_run(run: Path) -> dict[str, Any]:
         "base": base | facts,
         "precision": decided["training.precision"],
         "format": decided["data.format"],
-        "chat_template": base_model.template_text(recipe.data.chat_template),
+        "chat_template": template_text(recipe.data.chat_template),
     }
 
 
@@ -193,7 +194,7 @@ def open_saved(saved: Saved, base: str | None, device: torch.device, exact: bool
 
     Raises: LorakitError for a base that is not there, or that the adapter does not fit.
     """
-    base_model.quiet()
+    quiet()
     section = Model(path=str(saved.folder)) if saved.full else base_section(saved, base)
     folder = model_files.locate(section)
     check_base(saved, folder, given=base is not None)
@@ -278,7 +279,7 @@ def _tokenizer(folder: Path, section: Model, chat_template: str | None) -> Any |
     """`chat_template`: as text; what a file of others says is never opened."""
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         return None
-    tokenizer = base_model.load_tokenizer(folder, section, None)
+    tokenizer = load_tokenizer(folder, section, None)
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     return tokenizer

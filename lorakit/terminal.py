@@ -3,8 +3,11 @@ stdout."""
 
 import os
 import sys
+import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
+from itertools import groupby
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -22,7 +25,7 @@ def speaks() -> bool:
 def say(text: str) -> None:
     """One line (or several) to stderr, never wrapped."""
     if speaks():
-        print(text, file=sys.stderr, flush=True)
+        print(harmless(text), file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -62,3 +65,36 @@ def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T
         for item in items:
             yield item
             display.advance(task)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Characters: data, file names and models are the work of others, and a terminal acts on some of them
+
+
+def harmless(text: str) -> str:
+    """`text` with signs for all that cannot be seen, its line ends as they are."""
+    return "\n".join(map(visible, text.split("\n")))
+
+
+def signs(text: str) -> Iterator[tuple[str, bool]]:
+    """`text` as it may be shown, in runs: (characters, whether they are signs that stand for others)."""
+    for is_sign, run in groupby(text, lambda character: _sign(character) != character):
+        yield "".join(map(_sign, run)), is_sign
+
+
+def visible(text: str) -> str:
+    """`text` with signs for all that cannot be seen: no control character but a line end after its sign."""
+    return "".join(map(_sign, text))
+
+
+@lru_cache(maxsize=4096)
+def _sign(character: str) -> str:
+    r"""The character, or a sign for it: ↵, → or an escape such as \x1b, \u202e, \xa0.
+
+    Unicode's categories C (control, format, private, unassigned) and Z (blanks) are what nobody can see.
+    """
+    if character in "\n\t":
+        return {"\n": "↵\n", "\t": "→"}[character]
+    if character != " " and unicodedata.category(character)[0] in "CZ":
+        return character.encode("unicode_escape").decode()
+    return character

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import Tensor
 
-from lorakit import base_model, loop, optim, runs
+from lorakit import loop, optim, runs
 from lorakit.data.batches import StreamEnded
 from lorakit.devices import on_rank_0, start_ranks
 from lorakit.errors import Interrupted, RunError, out_of_memory
@@ -21,6 +21,7 @@ from lorakit.prepare import batches_of, facts_of, prepare
 from lorakit.recipe import Recipe, load_recipe
 from lorakit.signals import Stop, listen
 from lorakit.terminal import say
+from lorakit.tokenizer import quiet
 from lorakit.validate import check_call, check_place
 from lorakit.writer import Writer, announce, begin, continue_from, disk_needed, product, restore, with_rows
 
@@ -36,7 +37,7 @@ def train(recipe: Recipe | str | Path, resume: str = "never", trust_remote_code:
     output = Path(recipe.output).expanduser().absolute()
     check_place(recipe, resume, output)
     with listen() as stop:
-        base_model.quiet()
+        quiet()
         ranks = start_ranks(output / "trackers", recipe.training.deterministic is True, recipe.log.trackers)
         run = on_rank_0(ranks, lambda: runs.open_run(output, resume))
         record = runs.read_record(output)
@@ -151,9 +152,9 @@ def _train(
             )
         except loop.NotFinite as error:
             raise with_rows(error, batches.data, output) from None
-        except StreamEnded:  # what was trained until here is not lost
+        except StreamEnded as error:  # what was trained until here is not lost
             writer.checkpoint(state)
-            raise
+            raise StreamEnded(error.message, f"{error.hint}\n  {runs.continue_hint(output)}") from None
     if stream and run:
         run.update(rows=stream.rows())
     writer.close(outcome, state)

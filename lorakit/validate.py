@@ -47,13 +47,18 @@ def _of_targets(recipe: Recipe) -> tuple[Problem, ...]:
 def check_call(recipe: Recipe, trust_remote_code: bool) -> None:
     """Raises: LorakitError for what is wrong with a recipe and its call before anything is loaded."""
     shipped.check_not_installed(recipe.file)
-    if recipe.model.trust_remote_code != trust_remote_code:
-        both = "model.trust_remote_code: true in the recipe and --trust-remote-code on the command line"
-        raise LorakitError(f"running a model's own code needs both: {both}")
+    check_code(recipe, trust_remote_code)
     if problems := problems_of(recipe):
         raise RecipeError(problems)
     if recipe.log.trackers and find_spec("tensorboard") is None:
         raise LorakitError("log.trackers: tensorboard is not installed", "pip install 'lorakit[trackers]'")
+
+
+def check_code(recipe: Recipe, trust_remote_code: bool) -> None:
+    """Raises: LorakitError when only one of recipe and call agrees to run the model's own code."""
+    if recipe.model.trust_remote_code != trust_remote_code:
+        both = "model.trust_remote_code: true in the recipe and --trust-remote-code on the command line"
+        raise LorakitError(f"running a model's own code needs both: {both}")
 
 
 def check_place(recipe: Recipe, resume: str, output: Path) -> None:

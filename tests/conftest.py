@@ -78,6 +78,8 @@ def cli() -> Callable[..., Any]:
     import contextlib
     import io
 
+    import torch  # noqa: F401  (a verb that needs none would keep it out of this process for good)
+
     from lorakit import cli as module
 
     def call(*arguments: str | Path) -> tuple[int, str, str]:

@@ -20,7 +20,7 @@ LEVELS = [
     {"targets"},
     {"plan"},
     {"kernels", "layers", "micro_batch"},
-    {"model_files"},
+    {"model_files", "tokenizer"},
     {"adapter_file", "validate"},
     {"base_model", "data", "adapters"},
     {"optim", "tasks"},

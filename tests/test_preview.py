@@ -4,6 +4,7 @@ import html
 import io
 import json
 import re
+import subprocess
 import sys
 import unicodedata
 from dataclasses import replace
@@ -15,8 +16,9 @@ import numpy as np
 import pytest
 
 from lorakit.errors import LorakitError
-from lorakit.preview import Piece, Preview, Shown, choose, pieces_of, signs, visible
+from lorakit.preview import Piece, Preview, Shown, choose, pieces_of
 from lorakit.preview_html import check_place, page, write
+from lorakit.terminal import signs, visible
 from tests.conftest import ROOT, load_script
 
 # ------------------------------------------------------------------------------------------------------------
@@ -294,6 +296,32 @@ def test_preview_needs_no_weights(cli, write_recipe, tiny: Path, tmp_path: Path)
     assert "trained" in out
 
 
+def test_preview_imports_no_torch_and_says_nothing_of_it(write_recipe) -> None:
+    """What makes it start in a second; transformers imports torch for a tokenizer where it finds it."""
+    code = (
+        "import sys; sys.argv = ['lorakit', *sys.argv[1:]]\n"
+        "from lorakit import cli\n"
+        "try: cli.main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'peft', 'accelerate', 'bitsandbytes', 'datasets'}\n"
+        "print(sorted(name for name in heavy if sys.modules.get(name)))"
+    )
+    call = [sys.executable, "-c", code, "preview", str(write_recipe()), "-n", "1"]
+    done = subprocess.run(call, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "⊢<s>" in done.stdout
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize(("written", "flag"), [(True, False), (False, True)])
+def test_a_models_own_code_needs_recipe_and_call(written: bool, flag: bool, cli, write_recipe) -> None:
+    revision = {"revision": "0" * 40, "trust_remote_code": True} if written else {}
+    recipe = write_recipe(model={"path": "owner/name"} | revision)
+    code, out, err = cli("preview", recipe, *(["--trust-remote-code"] if flag else []))
+    assert (code, out) == (2, "")
+    assert "running a model's own code needs both" in err
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
@@ -372,6 +400,16 @@ def test_no_row_can_move_the_cursor_or_turn_the_text_round(monkeypatch) -> None:
         assert {c for c in text if unicodedata.category(c)[0] in "CZ"} == {" ", "\n"}
         assert "onerror=alert(1)>\\x1b]52;c;QQ==\\x07\\x1b[2J\\u202egnp.exe\\x9b31m\\r↵\n→&amp;" in text
     assert hostile_preview().as_text().count("[[") == 1 + 2  # the legend, and one run in each sample
+
+
+def test_no_row_speaks_to_the_terminal_out_of_an_error(cli, write_recipe, tmp_path: Path) -> None:
+    row = {"messages": [{"role": HOSTILE, "content": "x"}]}
+    recipe = write_recipe(data={"train": rows_of(tmp_path / "rows.jsonl", [row])})
+    code, out, err = cli("preview", recipe)
+    assert (code, out) == (2, "")
+    assert "unknown role" in err
+    assert "\\x1b]52;c;QQ==\\x07" in err
+    assert {c for c in err if unicodedata.category(c)[0] in "CZ"} == {" ", "\n"}
 
 
 class Page(HTMLParser):

@@ -162,3 +162,61 @@ output: {tmp_path}/run
     code, _, err = cli("train", tmp_path / "recipe.yaml")
     assert code == 0, err
     assert len(metrics(tmp_path / "run")) == 3
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Every data set is a recipe of a dozen lines
+
+
+RECIPE = """
+model: {path: MODEL}
+adapter: {rank: 4}
+data:
+  DATA
+  max_length: 512
+  on_long: drop
+optimizer: {lr: 1e-3}
+training: {max_steps: 3, batch_size: 4}
+log: {every: 1}
+output: OUTPUT
+"""
+SETS = {  # name -> (format, rows of the training part, lines of the recipe's data section)
+    "alpaca_seed_tasks": (
+        "alpaca",
+        175,
+        "train: seed_tasks.jsonl\n"
+        "  columns: {instruction: instruction, input: instances.0.input, output: instances.0.output}",
+    ),
+    "gpteacher": ("alpaca", 1923, "train: roleplay-instruct.json\n  columns: {output: response}"),
+    "banking77": ("labelled-text", 10003, "train: train.csv\n  eval: test.csv\n  columns: {label: category}"),
+    "stsb_en": ("sentence-pair", 5749, "train: stsb-en-train.csv\n  header: [sentence1, sentence2, score]"),
+    "e2e_nlg": ("prompt-completion", 4672, "train: devset.csv\n  columns: {prompt: mr, completion: ref}"),
+    "gsm8k": (
+        "prompt-completion",
+        7473,
+        "train: train.jsonl\n  columns: {prompt: question, completion: answer}",
+    ),
+    "tinyshakespeare": ("text", 32777, "train: input.txt\n  eval: 0.01"),
+}
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_real_data_set_is_loaded_shown_and_trained(name: str, cli, tmp_path: Path) -> None:
+    format_name, number, lines = SETS[name]
+    lines = lines.replace("train: ", f"train: {SHARED}/data/{name}/")
+    lines = lines.replace("eval: test", f"eval: {SHARED}/data/{name}/test")
+    text = RECIPE.replace("DATA", lines).replace("MODEL", str(STORIES))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text.replace("OUTPUT", str(tmp_path / "run")))
+    assert len(path.read_text().strip().splitlines()) <= 13
+    code, out, err = cli("preview", path, "--json")
+    assert code == 0, err
+    rows = json.loads(out)["rows"]
+    held_out = json.loads(out)["eval_rows"]["read"] if name == "tinyshakespeare" else 0
+    assert rows["read"] + held_out == number
+    assert rows["bad"] == rows["masked_out"] == 0
+    assert rows["kept"] + rows["dropped"] == rows["read"]
+    code, _, err = cli("train", path)
+    assert code == 0, err
+    assert f"auto      data.format: {format_name}" in err
+    assert len([line for line in metrics(tmp_path / "run") if "loss" in line]) == 3

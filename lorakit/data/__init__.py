@@ -74,7 +74,7 @@ def _first_of_stream(recipe: Recipe, tokenizer: Any) -> Loaded:
     account = account_of(stream.rows(), note["first"])
     account.measure(tokens)
     loaded = Loaded(tokens, account, note["format"], note["why"], stream)
-    _check_trained(loaded, section.train, section)
+    _check_any(loaded, section.train)
     return loaded
 
 
@@ -82,7 +82,7 @@ def load(value: Rows, section: Data, tokenizer: Any, train_on: str) -> Loaded:
     """Every row that `value` names as tokens, or counted: out of the cache, else read and put there.
 
     Raises: LorakitError with the place and reason of all bad or too long rows, unless the recipe says to
-    skip, drop or truncate them; also when no row, no token or no end token is left to train on.
+    skip, drop or truncate them; also when no row is left to train on.
     """
     reading = Reading(sources(value, section.limit), Setting(tokenizer, section, train_on))
     name = reading.cache_key()
@@ -90,7 +90,7 @@ def load(value: Rows, section: Data, tokenizer: Any, train_on: str) -> Loaded:
     found = entry.read() if name else None
     batches, note = found or _read_all(reading, entry)
     loaded = _loaded(batches, note, reading)
-    _check_trained(loaded, value, section)
+    _check_any(loaded, value)
     return loaded
 
 
@@ -153,24 +153,28 @@ def _read_all(reading: Reading, entry: cache.Entry) -> tuple[Sequence[pa.RecordB
             return done
 
 
-def _check_trained(loaded: Loaded, value: Rows, section: Data) -> None:
-    """Raises: LorakitError when there is nothing to train on, or nothing that teaches a model to stop."""
-    account = loaded.account
-    named = shown_sources(value)
+def _check_any(loaded: Loaded, value: Rows) -> None:
     if not len(loaded.tokens):
+        account = loaded.account
         reasons = [account.first[kind] for kind in KINDS if kind in account.first]
-        raise LorakitError(f"{named}: no row to train on ({account})", "; ".join(reasons) or "It is empty.")
-    if not account.trained_ends:
-        cut = f"all {account.truncated:,} samples are cut" if account.truncated == account.read else ""
-        raise LorakitError(
-            f"{named}: no end token is trained in any sample" + (f": {cut}" if cut else ""),
-            "A model trained on it would never learn to stop. "
-            + (
-                f"Write a data.max_length above {section.max_length}."
-                if account.truncated
-                else "Look at it with lorakit preview; task.train_on and the chat template decide."
-            ),
-        )
+        message = f"{shown_sources(value)}: no row to train on ({account})"
+        raise LorakitError(message, "; ".join(reasons) or "It is empty.")
+
+
+def check_ends(loaded: Loaded, section: Data) -> None:
+    """Raises: LorakitError when no sample teaches a model to stop."""
+    account = loaded.account
+    if account.trained_ends:
+        return
+    cure = "lorakit preview shows what is trained; task.train_on and the chat template decide it."
+    told = ""
+    if account.truncated:
+        told = f": {account.truncated:,} of {len(loaded.tokens):,} samples are cut"
+        cure = f"Write a data.max_length above {section.max_length}."
+    raise LorakitError(
+        f"{shown_sources(section.train)}: no end token is trained in any sample{told}",
+        f"A model trained on it would never learn to stop. {cure}",
+    )
 
 
 def hold_out(rows: Loaded, share: float, seed: int) -> tuple[Loaded, Loaded]:

@@ -31,8 +31,8 @@ class Question:
 
 
 def style_of(format_name: str | None, tokenizer: Any) -> Style:
-    """How a model was prompted that was trained on rows of this format; None: nobody knows."""
-    if tokenizer.chat_template and format_name in (None, "messages", "sharegpt", *_ONE_TURN):
+    """How a model was prompted that was trained on rows of this format; None: nobody knows; auto: several."""
+    if tokenizer.chat_template and format_name in (None, "auto", "messages", "sharegpt", *_ONE_TURN):
         return "chat"
     return "instruction" if format_name in _ONE_TURN else "text"
 

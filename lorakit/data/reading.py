@@ -12,7 +12,7 @@ from lorakit.data.formats import FIELDS, BadRow, detect, rename
 from lorakit.data.rows import Chunk, Row, hub_chunks, read_chunks, shown
 from lorakit.data.tokenize import Done, Piece, Setting
 from lorakit.errors import LorakitError
-from lorakit.recipe.data import Data, Rows, Source, files_of, sources
+from lorakit.recipe.data import COMPRESSED, Data, Rows, Source, files_of, sources
 
 _SHOWN_PROBLEMS = 20
 _SHOWN_ROWS = 8
@@ -158,7 +158,8 @@ def chunks_of(source: Source, section: Data) -> Iterator[Chunk]:
         yield from hub_chunks(source.path, source.config, split, source.revision, streaming)
         return
     for file in local_files(source):
-        named = section.header if ".csv" in file.suffixes or ".tsv" in file.suffixes else None
+        plain = file.stem if file.suffix.lower() in COMPRESSED else file.name
+        named = section.header if Path(plain).suffix.lower() in (".csv", ".tsv") else None
         yield from read_chunks(file, header=named)
 
 

@@ -196,7 +196,7 @@ def _weights(drafts: Sequence[Draft], encodings: Sequence[Any], bounds: Sequence
     starts, ends = np.array(spans, dtype=np.int64).reshape(-1, 2).T  # (K,) each
     span = np.searchsorted(ends, first, side="right")  # the first that ends after the token begins
     begins = np.append(starts, np.iinfo(np.int64).max)[span]
-    weights: np.ndarray = ((last > first) & (begins < last)).astype(np.uint8)
+    weights: np.ndarray = (begins < last).astype(np.uint8)
     for draft, start, stop in zip(drafts, bounds[:-1], bounds[1:], strict=True):
         if stop > start:
             weights[stop - 1] |= draft.add_end

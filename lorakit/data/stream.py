@@ -71,18 +71,18 @@ class Endless:
 
     def seek(self, position: int) -> None:
         """Go on from row `position` (from 0, over all passes): rows on the way are passed over unparsed."""
-        if position == self.position:
-            return
-        self.position, self._chunks, self._ahead = 0, None, None
-        left = position
-        while left:
-            if self._length is not None and left >= self._length:
-                left %= self._length
-                self._chunks, self._ahead = None, None
-                continue
-            for chunk in self.take(min(left, BLOCK)):
-                left -= len(chunk)
+        self._restart()
+        wanted = position % self._length if self._length else position
+        while self.position < wanted:
+            for _ in self.take(min(wanted - self.position, BLOCK)):
+                pass
+            if self._length is not None and self._length < wanted:  # a pass is shorter than that
+                self._restart()
+                wanted = position % self._length
         self.position = position
+
+    def _restart(self) -> None:
+        self.position, self._chunks, self._ahead = 0, None, None
 
 
 @dataclass
@@ -185,7 +185,7 @@ class Stream:
                 note = json.loads(line)
             except ValueError:  # a line that a kill cut short
                 break
-            if note.get("block") != len(known):
+            if not isinstance(note, dict) or note.get("block") != len(known):
                 break
             known.append(note)
         mine = self._noted

@@ -56,6 +56,11 @@ def kind_of(value: Any) -> str:
 def read_turns(
     row: Fields, field: str, role_key: str, text_key: str, roles: Mapping[str, str]
 ) -> tuple[Message, ...]:
+    """The turns of a field as messages; their order is not looked at.
+
+    `roles`: other names of ROLES. A turn may have "role" and "content" in place of the two keys.
+    Raises: BadRow with the number of the turn, from 1.
+    """
     turns = row.get(field)
     if not isinstance(turns, list | tuple) or not turns:
         raise BadRow(f'"{field}" must be a list of turns, and not empty')

@@ -283,6 +283,7 @@ _NOT_IN_FINGERPRINT = (
     "data.eval",
     "data.chat_template",
     "data.on_bad_row",
+    "data.on_long",
     "adapter.start_from",
 )
 

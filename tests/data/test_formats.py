@@ -123,6 +123,8 @@ def test_columns_with_the_names_of_fields_are_understood_by_which_of_them_are_th
     expected = {"prompt": "s", "completion": "t"}
     assert rename(row, {"source": "prompt", "target": "completion"}) == expected
     assert rename(row, {"prompt": "source", "completion": "target"}) == expected
+    both = {**row, "prompt": "p", "completion": "c"}  # then the first way of writing them counts
+    assert rename(both, {"source": "prompt", "target": "completion"}) == {"source": "p", "target": "c"}
     with pytest.raises(BadRow, match='no column "prompt"'):
         rename({"source": "s"}, {"source": "prompt", "target": "completion"})
 
@@ -504,6 +506,8 @@ def test_openai_has_had_other_names_for_two_roles(spelling: str, role: str) -> N
 def test_a_sharegpt_system_text_beside_the_turns_is_the_first_turn(system: Any, leading: list[Any]) -> None:
     sample = FORMATS["sharegpt"](GOOD["sharegpt"][0] | {"system": system})
     assert sample == Chat((*leading, ASK, ANSWER))
+    sample = FORMATS["sharegpt"](GOOD["sharegpt"][0] | {"system": system, "tools": [TOOL]})
+    assert sample == Chat((*leading, ASK, ANSWER), (TOOL,))
 
 
 def test_a_sharegpt_system_that_is_no_text_is_refused() -> None:

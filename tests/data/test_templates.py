@@ -65,6 +65,7 @@ CHATS: dict[str, Chat] = {
         (TIME,),
     ),
     "called": Chat(ASKED),
+    "begins with a call": Chat(ASKED[1:]),
     "two calls": Chat((ASKED[0], turn("assistant", "", tool_calls=[call(a=1), call(b="é")])), (TIME,)),
 }
 
@@ -124,6 +125,11 @@ MASKS: dict[tuple[str, str, str], str] = {
     ("llama3", "tools", "auto"): (
         f"{L3}<|eot_id|>{USER}Functions:\n{TIME_JSON}\nWhen?<|eot_id|>"
         f'{BOT}«{{"name": "time", "parameters": {{"place": "pier"}}}}<|eot_id|>»'
+        '<|start_header_id|>ipython<|end_header_id|>\n\n"\\"noon\\""<|eot_id|>'
+        f"{BOT}«At noon<|eot_id|>»"
+    ),
+    ("llama3", "begins with a call", "auto"): (
+        f'{L3}<|eot_id|>{BOT}«{{"name": "time", "parameters": {{"place": "pier"}}}}<|eot_id|>»'
         '<|start_header_id|>ipython<|end_header_id|>\n\n"\\"noon\\""<|eot_id|>'
         f"{BOT}«At noon<|eot_id|>»"
     ),

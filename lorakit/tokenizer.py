@@ -1,0 +1,62 @@
+"""The tokenizer of a model directory. It needs no torch."""
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from lorakit.errors import LorakitError
+from lorakit.recipe.model import Model
+
+
+def quiet() -> None:
+    """Say only what a user must act on; lorakit reports what it does itself."""
+    logging.disable(logging.WARNING)  # it speaks while it is imported
+    import transformers
+
+    logging.disable(logging.NOTSET)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(peft|bitsandbytes|transformers|torch|accelerate)\..*")
+
+
+def without_torch(section: Model) -> None:
+    """This process never imports torch, and starts in a second instead of three.
+
+    transformers imports torch for a tokenizer too, wherever it finds it. None in sys.modules is Python's own
+    way to say that there is no such module. Nothing is done where one of the two is imported already, or
+    where the model's own code may want torch.
+    """
+    if not section.trust_remote_code and not {"torch", "transformers"} & set(sys.modules):
+        sys.modules["torch"] = None  # type: ignore[assignment]
+
+
+def load_tokenizer(folder: Path, section: Model, chat_template: str | None) -> Any:
+    """The tokenizer of a model directory, with the recipe's chat template (text or a file) in place of its
+    own."""
+    import transformers
+
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=section.trust_remote_code
+        )
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise LorakitError(
+            f"model.path: no tokenizer can be loaded from {folder}: {str(error).splitlines()[0][:200]}",
+            "tokenizer.json and tokenizer_config.json must lie beside config.json.",
+        ) from None
+    if chat_template is not None:
+        tokenizer.chat_template = template_text(chat_template)
+    return tokenizer
+
+
+def template_text(chat_template: str | None) -> str | None:
+    """A recipe's chat template as text: as it stands, or out of the file that it names."""
+    if chat_template is None or "{{" in chat_template or "{%" in chat_template:
+        return chat_template
+    try:
+        return Path(chat_template).read_text()
+    except OSError as error:
+        raise LorakitError(f"data.chat_template: {chat_template}: {error.strerror}") from None
