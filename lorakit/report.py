@@ -1,7 +1,8 @@
-"""What a run says about itself: trainable parameters as JSON and Markdown, and the model card of its
-adapter."""
+"""What a run says about itself: trainable parameters as JSON and Markdown, the account of its rows, the model
+card of its adapter."""
 
 import json
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from lorakit import __version__
 from lorakit.adapters import Adapter, Role, Trained
 from lorakit.plan import Plan
 from lorakit.recipe import Recipe
+from lorakit.terminal import harmless
 
 
 def parameters(adapter: Adapter, num_base: int) -> dict[str, Any]:
@@ -58,6 +60,12 @@ def _modules(adapter: Adapter, trained: Sequence[Trained]) -> list[dict[str, Any
 
 def as_json(params: dict[str, Any]) -> str:
     return json.dumps(params, indent=2) + "\n"
+
+
+def account_markdown(lines: Sequence[str]) -> str:
+    """data.md: where every row went, as it was printed. Names of files and rows are not read as markup."""
+    fence = "`" * (1 + max((len(run) for line in lines for run in re.findall("`+", line)), default=2))
+    return "\n".join(["# Data", "", fence, *map(harmless, lines), fence, ""])
 
 
 def parameters_markdown(params: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from lorakit import loop, optim, runs
+from lorakit.data import account_lines
 from lorakit.data.batches import StreamEnded
 from lorakit.devices import on_rank_0, start_ranks
 from lorakit.errors import Interrupted, RunError, out_of_memory
@@ -84,7 +85,9 @@ def _train(
     state = restore(continued, adapter, optimizer)
     runs.check_space(output, disk_needed(recipe, ready.params["trainable"]), product(recipe))
     ranks.wait_for_everyone()  # all have read the checkpoint before rank 0 deletes what is later
-    on_rank_0(ranks, lambda: begin(run, recipe, plan, ready.params, facts, continued) if run else None)
+    account = account_lines(ready.rows, ready.held_out)
+    told = (recipe, plan, ready.params, facts, account)
+    on_rank_0(ranks, lambda: begin(run, *told, continued) if run else None)
     announce(recipe, plan, ready.params, ready.base.experts, output)
 
     # What the loop calls: pure functions of a step, and sums over ranks.

@@ -76,10 +76,11 @@ def begin(
     plan: Plan,
     params: dict[str, Any],
     facts: dict[str, Any],
+    account: Sequence[str],
     continued: Path | None,
 ) -> None:
     """Forget what lies past the point to continue from, and say what will be done: run.json first, then
-    recipe.yaml, resolved.yaml, params.json and params.md."""
+    recipe.yaml, resolved.yaml, data.md (the account of the rows), params.json and params.md."""
     at = checkpoint.step_of(continued) if continued else -1
     for later in checkpoint.folders(run.checkpoints):
         if checkpoint.step_of(later) > at:
@@ -114,6 +115,7 @@ def begin(
     if recipe.file.is_file() and not (run.path / "recipe.yaml").exists():
         run.write("recipe.yaml", recipe.file.read_text())
     run.write("resolved.yaml", dump(recipe, {name: d.value for name, d in plan.decisions.items()}))
+    run.write("data.md", report.account_markdown(account))
     run.write("params.json", report.as_json(params))
     run.write("params.md", report.parameters_markdown(params))
 

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from lorakit.recipe import load_recipe
+from lorakit.recipe.data import FORMAT_FIELDS, sources
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -65,9 +66,12 @@ def test_every_command_of_the_readme_runs(checkout: Path) -> None:
     shown = [without_numbers(block) for block in re.findall(r"```text\n(.*?)```", README, re.DOTALL)]
     ends = without_numbers(printed["make quickstart"].replace(f"{checkout}/", ""))
     assert shown[0] == ends[-len(shown[0]) :]
-    for start in ("lorakit preview", "lorakit merge"):
-        text = next(text for command, text in printed.items() if command.startswith(start))
-        assert without_numbers(text.replace(f"{checkout}/", "")) in shown
+    text = next(text for command, text in printed.items() if command.startswith("lorakit merge"))
+    assert without_numbers(text.replace(f"{checkout}/", "")) in shown
+    account = next(text for command, text in printed.items() if command.startswith("lorakit preview"))
+    table = without_numbers(account.partition("\n\n")[2].partition("[[trained]]")[0])
+    trained = next(block for block in shown if block[0].startswith("rows"))
+    assert trained[: len(table)] == table
 
 
 def test_the_job_of_the_readme_runs(checkout: Path, tmp_path: Path) -> None:
@@ -77,6 +81,15 @@ def test_the_job_of_the_readme_runs(checkout: Path, tmp_path: Path) -> None:
     assert install == "pip install ."  # tests/test_wheel.py installs it
     for line in lines:
         run(line, tmp_path)
+
+
+def test_the_data_of_the_readme_are_valid(tmp_path: Path) -> None:
+    text = re.search(r"```yaml\n(data:.*?)```", README, re.DOTALL).group(1)
+    (tmp_path / "recipe.yaml").write_text(f"model: {{path: owner/name}}\noutput: run\n{text}")
+    section = load_recipe(tmp_path / "recipe.yaml").data
+    assert [source.weight for source in sources(section.train, None)] == [1, 2, 1]
+    for format_name in FORMAT_FIELDS:
+        assert f"`{format_name}`" in README
 
 
 def test_the_recipe_of_the_readme_is_valid(tmp_path: Path) -> None:

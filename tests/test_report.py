@@ -4,6 +4,8 @@ import re
 import shlex
 from pathlib import Path
 
+from lorakit import report
+
 
 def commands(text: str) -> list[list[str]]:
     """The words of every `lorakit ...` in `text`, as a shell would read them."""
@@ -32,3 +34,10 @@ def test_paths_with_a_blank_are_quoted_wherever_a_command_is_shown(
     assert commands(cli("train", "your run/resolved.yaml", "--resume", "auto")[2]) == [
         ["lorakit", "train", "your run/resolved.yaml", "--resume", "auto", "--output", str(moved)]
     ]
+
+
+def test_the_account_of_the_rows_cannot_leave_its_block() -> None:
+    text = report.account_markdown(["rows  training", "first bad: ```# x\x1b[1m.jsonl:3"])
+    lines = text.splitlines()
+    assert lines[:3] == ["# Data", "", "````"]
+    assert lines[3:] == ["rows  training", "first bad: ```# x\\x1b[1m.jsonl:3", "````"]

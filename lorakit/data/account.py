@@ -36,6 +36,7 @@ class Account:
     duplicates: int = 0  # rows with the tokens of an earlier one: reported, never dropped
     repeated_ids: int = 0  # rows whose field "id" an earlier row has
     also_in_train: int = 0  # held-out rows that stand in the training rows too
+    samples: int = 0  # more than rows with task.train_on: each-turn
     tokens: int = 0
     trained_tokens: int = 0
     trained_ends: int = 0  # samples in which an end token (of a turn or of the text) is trained
@@ -58,6 +59,7 @@ class Account:
 
     def measure(self, tokens: TokenData) -> None:
         """Fill in all that is known of the samples themselves."""
+        self.samples = len(tokens)
         self.tokens, self.trained_tokens = tokens.num_tokens, tokens.num_trained
         self.trained_ends = int(tokens.column("ends").sum())
         lengths = tokens.lengths
@@ -110,6 +112,8 @@ def table(parts: Sequence[tuple[str, Account]]) -> list[str]:
         counts = [getattr(account, kind) for account in accounts]
         if any(counts) or kind in ("read", "kept"):
             rows.append((_words(kind), [f"{count:,}" for count in counts]))
+    if any(account.samples != account.kept + account.truncated for account in accounts):
+        rows.append(("samples", [f"{account.samples:,}" for account in accounts]))
     rows.append(("tokens", [f"{account.tokens:,}" for account in accounts]))
     shares = [100 * account.trained_tokens / max(1, account.tokens) for account in accounts]
     trained = zip(accounts, shares, strict=True)

@@ -72,6 +72,15 @@ def as_trained(sample: Sample, format_name: str, tokenizer: Any) -> Sample:
     return pair
 
 
+def turns_apart(sample: Sample) -> list[Sample]:
+    """A chat for each trained turn of the assistant, which is its last; any other sample as it is."""
+    if not isinstance(sample, Chat):
+        return [sample]
+    said = [turn["role"] == "assistant" and turn.get("weight") != 0 for turn in sample.messages]
+    ends = [number + 1 for number, trained in enumerate(said) if trained]
+    return [Chat(sample.messages[:end], sample.tools) for end in ends] or [sample]
+
+
 def render(sample: Sample, tokenizer: Any, train_on: str, max_length: int) -> Tokens:
     """The tokens of a sample, cut at `max_length`. Raises: BadRow when it cannot be rendered."""
     found = render_all([sample], tokenizer, train_on, max_length)[0]

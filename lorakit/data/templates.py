@@ -263,7 +263,7 @@ def _span(tokenizer: Any, messages: Sequence[Message], turn: int, before: str, u
         cure = (
             "a data.chat_template that does not, or task.train_on: all,"
             if last
-            else "task.train_on: last-turn or all"
+            else "task.train_on: each-turn, last-turn or all"
         )
         raise BadRow(
             f"turn {turn + 1}: the chat template renders the text up to here in another way {parting}."

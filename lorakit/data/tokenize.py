@@ -21,7 +21,7 @@ from typing import Any
 import pyarrow as pa
 
 from lorakit.data.formats import FORMATS, BadRow, Chat, Sample, rename
-from lorakit.data.render import Tokens, as_trained, render_all
+from lorakit.data.render import Tokens, as_trained, render_all, turns_apart
 from lorakit.data.rows import Chunk, Row
 from lorakit.data.tokens import Entry, as_batch
 from lorakit.errors import LorakitError, RunError
@@ -29,6 +29,11 @@ from lorakit.recipe.data import Data
 from lorakit.recipe.task import fits
 
 _IN_FLIGHT = 3  # chunks for each worker: enough to keep it busy, few enough to hold in memory
+
+
+# A row of several samples is in the column of the worst of them; where only some have nothing to train on,
+# the others are trained.
+_WORST = {kind: number for number, kind in enumerate(("bad", "dropped", "truncated", "kept", "masked_out"))}
 
 
 @dataclass(frozen=True)
@@ -68,21 +73,31 @@ def tokenize(piece: Piece, setting: Setting) -> Done:
     if piece.format and not fits(setting.train_on, piece.format):
         message = f"task.train_on: {setting.train_on} does not fit data of format {piece.format}"
         raise LorakitError(message, "auto fits every one.")
+    each_turn = setting.train_on == "each-turn"
+    train_on = "last-turn" if each_turn else setting.train_on
     rows = piece.chunk.rows()
-    samples = [_sample(row, piece.format, setting) for row in rows]
-    good = [sample for sample in samples if not isinstance(sample, BadRow)]
-    rendered = iter(render_all(good, setting.tokenizer, setting.train_on, setting.section.max_length))
+    samples: list[list[Sample] | BadRow] = []
+    for row in rows:
+        sample = _sample(row, piece.format, setting)
+        samples.append(
+            sample if isinstance(sample, BadRow) else turns_apart(sample) if each_turn else [sample]
+        )
+    good = [sample for group in samples if not isinstance(group, BadRow) for sample in group]
+    rendered = iter(render_all(good, setting.tokenizer, train_on, setting.section.max_length))
     entries: list[Entry] = []
     counts: dict[str, int] = {}
     problems: list[tuple[str, str, str]] = []
-    for row, sample in zip(rows, samples, strict=True):
-        tokens = sample if isinstance(sample, BadRow) else next(rendered)
-        kind, reason = _kind(tokens, setting.section)
+    for row, group in zip(rows, samples, strict=True):
+        tokens = [group] if isinstance(group, BadRow) else [next(rendered) for _ in group]
+        kind, reason = min(
+            (_kind(part, setting.section) for part in tokens), key=lambda found: _WORST[found[0]]
+        )
         counts[kind] = counts.get(kind, 0) + 1
         if reason:
             problems.append((kind, row.place, reason))
-        if isinstance(tokens, Tokens) and kind in ("kept", "truncated"):
-            entries.append(_entry(row, tokens, piece.file))
+        if kind in ("kept", "truncated"):
+            trained = [part for part in tokens if isinstance(part, Tokens) and part.weights.any()]
+            entries += [_entry(row, part, piece.file, first=not n) for n, part in enumerate(trained)]
     return Done(piece.source, as_batch(entries), counts, tuple(problems))
 
 
@@ -114,12 +129,13 @@ def _kind(tokens: Tokens | BadRow, section: Data) -> tuple[str, str]:
     return ("truncated", long) if tokens.cut else ("kept", "")
 
 
-def _entry(row: Row, tokens: Tokens, file: int) -> Entry:
+def _entry(row: Row, tokens: Tokens, file: int, first: bool) -> Entry:
+    """`first`: the first sample of its row, which alone counts for the row's id."""
     assert row.value is not None
     mark = hashlib.blake2b(tokens.ids.tobytes(), digest_size=8)
     mark.update(tokens.full_length.to_bytes(8, "little"))
     name = row.value.get("id")
-    named = isinstance(name, str | int) and not isinstance(name, bool) and name != ""
+    named = first and isinstance(name, str | int) and not isinstance(name, bool) and name != ""
     id_hash = _number(hashlib.blake2b(repr(name).encode(), digest_size=8)) if named else 0
     return Entry(
         tokens.ids, tokens.weights, file, row.number, _number(mark), id_hash, tokens.cut, tokens.ends

@@ -11,9 +11,10 @@ class CausalLm(Section):
     type: Literal["causal-lm"] = "causal-lm"
     """What is minimised."""
 
-    train_on: Literal["auto", "completion", "assistant", "last-turn", "all"] = "auto"
+    train_on: Literal["auto", "completion", "assistant", "each-turn", "last-turn", "all"] = "auto"
     """Which tokens are trained. auto: the completion of pairs, the assistant's turns of chats, all of plain
-    text."""
+    text. each-turn: every turn of the assistant as a sample of its own, given all before it as the chat
+    template renders it in a prompt; for templates that rewrite earlier turns (thinking blocks)."""
 
 
 Task = CausalLm
@@ -29,7 +30,7 @@ TRAIN_ON = {
     "text-to-text": "completion",
     "text": "all",
 }
-FITTING = {"completion": ("completion",), "assistant": ("assistant", "last-turn"), "all": ()}
+FITTING = {"completion": ("completion",), "assistant": ("assistant", "each-turn", "last-turn"), "all": ()}
 
 
 def fits(train_on: str, format_name: str) -> bool:

@@ -342,3 +342,72 @@ def test_a_sample_beyond_the_context_is_said(positions: str, says: str, capsys) 
     else:
         data.check_context(config, layers, loaded, None)
         assert "warning: a.jsonl:2: 9 tokens" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Each turn as a sample of its own
+
+
+def qwen3(tokenizer: Any) -> Any:
+    """A template that writes a thinking block into the last turn only."""
+    model = copy.deepcopy(tokenizer)
+    model.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>"
+        "{% if m.role == 'assistant' and loop.last %}[]{% endif %}{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    return model
+
+
+def turns(*contents: str, **more: Any) -> str:
+    names = ("user", "assistant")
+    chat = [{"role": names[n % 2], "content": content} for n, content in enumerate(contents)]
+    return json.dumps({"messages": chat, **more})
+
+
+def test_each_turn_is_a_sample_given_what_a_prompt_would_hold(tokenizer: Any) -> None:
+    model = qwen3(tokenizer)
+    line = turns("12", "34", "56", "78")
+    refused = refusal(model, [line])
+    assert "task.train_on: each-turn, last-turn or all may do" in refused.message
+    found = loaded(model, [line, turns("9", "8")], "each-turn")
+    shown = [
+        (model.decode(ids), model.decode(ids[weights == 1]))
+        for ids, weights in (found.tokens.sample(number) for number in range(3))
+    ]
+    assert shown == [
+        ("<|user|>12</s><|assistant|>[]34</s>", "[]34</s>"),
+        ("<|user|>12</s><|assistant|>34</s><|user|>56</s><|assistant|>[]78</s>", "[]78</s>"),
+        ("<|user|>9</s><|assistant|>[]8</s>", "[]8</s>"),
+    ]
+    assert list(found.tokens.places) == ["d.jsonl:1", "d.jsonl:1", "d.jsonl:2"]
+    assert (found.account.read, found.account.kept, found.account.samples) == (2, 2, 3)
+    assert any(line.split() == ["samples", "3"] for line in found.account.lines())
+
+
+@pytest.mark.parametrize(
+    ("on_long", "kind", "lengths"), [("drop", "dropped", [8]), ("truncate", "truncated", [8, 12, 8])]
+)
+def test_a_row_of_several_samples_is_counted_once_by_the_worst(
+    tokenizer: Any, on_long: str, kind: str, lengths: list[int]
+) -> None:
+    """The second sample of the first row has 16 tokens."""
+    lines = [turns("1", "2", "33", "44", id=1), turns("5", "6", id=2)]
+    found = loaded(qwen3(tokenizer), lines, "each-turn", max_length=12, on_long=on_long)
+    assert (found.account.read, found.account.kept, getattr(found.account, kind)) == (2, 1, 1)
+    assert found.tokens.lengths.tolist() == lengths
+    assert found.account.repeated_ids == 0
+
+
+def test_a_turn_that_is_not_to_be_trained_is_no_sample(tokenizer: Any) -> None:
+    chat = json.loads(turns("1", "2", "3", "4"))
+    chat["messages"][1]["weight"] = 0
+    found = loaded(qwen3(tokenizer), [json.dumps(chat)], "each-turn")
+    assert len(found.tokens) == 1
+    ids, weights = found.tokens.sample(0)
+    assert tokenizer.decode(ids[weights == 1]) == "[]4</s>"
+
+
+def test_each_turn_is_for_chats(tokenizer: Any) -> None:
+    error = refusal(tokenizer, ['{"text": "1"}'], "each-turn")
+    assert "each-turn does not fit data of format text" in error.message

@@ -474,7 +474,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_with_the_turn_and_a_c
     assert str(caught.value) == (
         "turn 2: the chat template renders the text up to here in another way when more turns follow:"
         " 'stant|>Yo</s>' becomes 'stant|>Y</s><|user|>Again</s'. What is trained would not be generated;"
-        " task.train_on: last-turn or all may do"
+        " task.train_on: each-turn, last-turn or all may do"
     )
 
 

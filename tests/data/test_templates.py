@@ -312,7 +312,7 @@ def test_a_batch_is_what_its_samples_are_alone(tokenizer: Any, family: str, trai
 # What is refused
 
 ANOTHER = "the chat template renders the text up to here in another way"
-NOT_GENERATED = "What is trained would not be generated; task.train_on: last-turn or all may do"
+NOT_GENERATED = "What is trained would not be generated; task.train_on: each-turn, last-turn or all may do"
 LEFT_OUT = "Write a data.chat_template that renders it, or take it out of the row."
 
 REFUSED = {
