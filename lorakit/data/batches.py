@@ -148,7 +148,7 @@ def heaviest(data: TokenData, budget: int, packing: bool) -> list[MicroBatch]:
     for cost in (data.lengths, data.num_targets):
         chosen: list[int] = []
         total = width = 0
-        for sample in np.argsort(-cost.astype(np.int64), kind="stable").tolist():
+        for sample in np.argsort(-cost.astype(np.int64), kind="stable")[: budget + 1].tolist():
             length = int(data.lengths[sample])
             total, width = total + length, max(width, length)
             if chosen and (total if packing else width * (len(chosen) + 1)) > budget:

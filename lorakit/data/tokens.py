@@ -4,6 +4,7 @@ Shapes: N tokens and S samples.
 """
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -143,7 +144,7 @@ class TokenData:
     def sample(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """(ids, weights) of a sample: views, not copies."""
         number = int(index if self.picked is None else self.picked[index])
-        at = int(np.searchsorted(self._starts, number, side="right")) - 1
+        at = bisect_right(self._starts, number) - 1
         ids, weights, offsets = self._tokens[at]
         first = number - self._starts[at]
         span = slice(offsets[first], offsets[first + 1])
