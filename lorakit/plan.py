@@ -12,7 +12,7 @@ from typing import Any
 
 from lorakit.errors import Problem, RecipeError
 from lorakit.recipe import Recipe
-from lorakit.recipe.data import files_of, sources
+from lorakit.recipe.data import files_of, is_template, sources
 from lorakit.recipe.task import TRAIN_ON
 from lorakit.shapes import Layer
 from lorakit.targets import Target, assign, select
@@ -79,6 +79,10 @@ def check(recipe: Recipe) -> list[Problem]:
                 files_of(source.path) if source.is_local else None
             except ValueError as error:
                 problems.append(recipe.problem(dotted, str(error)))
+    template = recipe.data.chat_template
+    if template is not None and not is_template(template) and not Path(template).is_file():
+        message = f"no such file: {template}; a template itself holds {{{{ or {{%"
+        problems.append(recipe.problem("data.chat_template", message))
     model = Path(recipe.model.path)
     if model.is_absolute() and not (model / "config.json").is_file():
         problems.append(recipe.problem("model.path", f"no model directory (with config.json): {model}"))

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 
 from lorakit import base_model, data, model_files, report, tasks
 from lorakit.adapters import Adapter, attach
 from lorakit.base_model import Base
-from lorakit.data.batches import Batches, StreamBatches, heaviest, longest_possible
+from lorakit.data.batches import Batches, StreamBatches, heaviest
 from lorakit.data.render import check_tokenizer
 from lorakit.devices import agree, autocast_for, describe, hardware_of, peak_bytes
 from lorakit.errors import RecipeError
@@ -128,11 +129,14 @@ def try_heaviest(ready: Prepared, recipe: Recipe, device: torch.device) -> None:
 
     Nothing stays of it: gradients are dropped, and the loop seeds every draw.
     """
-    tokens, budget = ready.rows.tokens, ready.plan["training.micro_batch_tokens"]
-    if ready.rows.stream:
-        tokens = longest_possible(tokens, recipe.data.max_length, budget)
+    tokens, plan, batch_size = ready.rows.tokens, ready.plan, recipe.training.batch_size
+    lengths, num_targets = tokens.lengths, tokens.num_targets
+    if ready.rows.stream:  # what may come
+        lengths = np.full(batch_size, recipe.data.max_length)
+        num_targets = lengths - 1
+    ids, budget = tokens.sample(0)[0], plan["training.micro_batch_tokens"]
+    micros = heaviest(lengths, num_targets, ids, budget, batch_size, plan["data.packing"])
     ready.base.model.train()
-    micros = heaviest(tokens, budget, ready.plan["data.packing"])
     for micro in micros:
         with ready.autocast():
             loss = ready.task.loss_sum(ready.base.model, micro.to(device))

@@ -9,7 +9,7 @@ import os
 from html import escape
 from pathlib import Path
 
-from lorakit.data.account import CURES, Account
+from lorakit.data.account import CURES, Account, words
 from lorakit.errors import LorakitError
 from lorakit.preview import BEGIN, CUT, END, Piece, Preview, Shown
 from lorakit.terminal import say, signs, visible
@@ -99,9 +99,9 @@ def _text(text: str) -> str:
 def _account(parts: list[tuple[str, Account]]) -> list[str]:
     names = [name for name, _ in parts]
     rows = [["rows", *names]]
-    measured = ("duplicates", "repeated_ids", "also_in_train", "tokens", "trained_tokens")
+    measured = ("duplicates", "repeated_ids", "also_in_train", "no_trained_end", "tokens", "trained_tokens")
     for kind in (*parts[0][1].rows(), *measured):
-        rows.append([kind.replace("_", " "), *(f"{getattr(account, kind):,}" for _, account in parts)])
+        rows.append([words(kind), *(f"{getattr(account, kind):,}" for _, account in parts)])
     shares = (100 * account.trained_tokens / max(1, account.tokens) for _, account in parts)
     rows.append(["share of trained tokens", *(f"{share:.1f} %" for share in shares)])
     lines = ["<table>"]
@@ -109,10 +109,11 @@ def _account(parts: list[tuple[str, Account]]) -> list[str]:
         lines.append(f"<tr><th>{label}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
     lines.append("</table>")
     for name, account in parts:
-        for kind, first in account.first.items():
-            told = f"{name}: first {kind.replace('_', ' ')}: {first}"
-            cure = f"<br><small>{_text(CURES[kind])}</small>" if kind in CURES else ""
-            lines.append(f"<p>{_text(told)}{cure}</p>")
+        for kind in account.first:
+            if told := account.told(kind):
+                told[0] = f"{name}: first {words(kind)}: {told[0]}"
+                cure = f"<br><small>{_text(CURES[kind])}</small>" if kind in CURES else ""
+                lines.append(f"<p>{'<br>'.join(map(_text, told))}{cure}</p>")
     return lines
 
 

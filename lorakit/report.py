@@ -124,6 +124,9 @@ def model_card(recipe: Recipe, plan: Plan, params: dict[str, Any], scores: dict[
     library, tags = ("transformers", "[lorakit]") if full else ("peft", "[lora, lorakit]")
     front = ["---", f"base_model: {json.dumps(name)}", f"library_name: {library}", f"tags: {tags}", "---", ""]
     revision = f", revision `{_code(recipe.model.revision)}`" if recipe.model.revision else ""
+    trained = f"{plan.num_samples:,} samples"
+    if recipe.data.streaming:
+        trained = f"{scores['step']:,} steps of {recipe.training.batch_size:,} samples of a stream"
     facts = {
         "base model": f"`{_code(name)}`{revision}",
         "quantization of the base": recipe.model.quantize,
@@ -132,7 +135,7 @@ def model_card(recipe: Recipe, plan: Plan, params: dict[str, Any], scores: dict[
         "step": f"{scores['step']} of {plan.total_steps}, {recipe.training.batch_size} samples each",
         "held-out loss (nats per trained token)": _number(scores["eval_loss"]),
         "the same before training": _number(scores["base_eval_loss"]),
-        "trained on": f"{plan.num_samples:,} samples, {plan['data.format']}, {plan['task.train_on']}",
+        "trained on": f"{trained}, {plan['data.format']}, {plan['task.train_on']}",
         "seed": recipe.training.seed,
         "written by": f"lorakit {__version__}",
     }

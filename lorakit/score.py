@@ -16,9 +16,8 @@ from lorakit import base_model, data, model_files, runs, tasks
 from lorakit.data.batches import Batches
 from lorakit.data.formats import FIELDS, BadRow, rename
 from lorakit.data.prompts import Question, questions
-from lorakit.data.reading import shown_sources
+from lorakit.data.reading import rows_of, shown_sources
 from lorakit.data.render import check_tokenizer
-from lorakit.data.rows import read_rows
 from lorakit.decoding import Settings, answer, context_of
 from lorakit.devices import autocast_for, pick_device
 from lorakit.errors import LorakitError
@@ -179,7 +178,7 @@ def choose_rows(saved: Saved, file: str | None, overrides: Sequence[str]) -> Cho
     recipe = load_recipe(saved.run / "resolved.yaml", overrides)
     section, task = recipe.data, recipe.task
     if source is None:
-        return _of_the_run(saved, recipe)
+        return _of_the_run(saved, recipe, overrides)
     if not any(override.startswith("data.limit") for override in overrides):
         section = section.model_copy(update={"limit": None})
     told = any(override.startswith(("data.format", "data.columns")) for override in overrides)
@@ -189,11 +188,16 @@ def choose_rows(saved: Saved, file: str | None, overrides: Sequence[str]) -> Cho
     return Chosen(source, section.model_copy(update={"streaming": False}), task)
 
 
-def _of_the_run(saved: Saved, recipe: Recipe) -> Chosen:
+def _of_the_run(saved: Saved, recipe: Recipe, overrides: Sequence[str]) -> Chosen:
     section = recipe.data.model_copy(update={"streaming": False})
     if section.eval is None:
         raise LorakitError(f"{saved.run} was trained without held-out rows (data.eval)", "Add --data FILE")
     share = section.eval if isinstance(section.eval, float) else None
+    if share is not None and (changed := [o for o in overrides if o.startswith("data.")]):
+        raise LorakitError(
+            f"--set {changed[0]}: the held-out rows are a share of the training rows, and would be others",
+            "Rows that were trained on would be scored. Name a file of rows with --data.",
+        )
     value = section.train if isinstance(section.eval, float) else section.eval
     try:
         _ = [files_of(source.path) for source in sources(value, None) if source.is_local]
@@ -208,9 +212,9 @@ def _is_hub(source: str) -> bool:
 
 def _is_of(source: str, section: Data) -> bool:
     """Whether the first row has the fields of the section's format."""
-    first = next(read_rows(source, 1), None)
     if section.format == "auto":
         return False
+    first, _ = next(rows_of(source, section), (None, ""))
     if first is None or first.value is None:
         return True
     try:

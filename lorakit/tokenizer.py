@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.errors import LorakitError
+from lorakit.recipe.data import is_template
 from lorakit.recipe.model import Model
 
 
@@ -49,12 +50,26 @@ def load_tokenizer(folder: Path, section: Model, chat_template: str | None) -> A
         ) from None
     if chat_template is not None:
         tokenizer.chat_template = template_text(chat_template)
+    _check_template(tokenizer, "the tokenizer's own" if chat_template is None else chat_template)
     return tokenizer
+
+
+def _check_template(tokenizer: Any, name: str) -> None:
+    """Raises: LorakitError for a chat template that is no Jinja, which no row is to blame for."""
+    from jinja2 import TemplateSyntaxError
+
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "A"}], tokenize=False)
+    except TemplateSyntaxError as error:
+        name = "as the recipe writes it" if is_template(name) else name
+        raise LorakitError(f"data.chat_template: {name}: line {error.lineno}: {error.message}") from None
+    except Exception:  # none at all, or one that refuses this conversation
+        return
 
 
 def template_text(chat_template: str | None) -> str | None:
     """A recipe's chat template as text: as it stands, or out of the file that it names."""
-    if chat_template is None or "{{" in chat_template or "{%" in chat_template:
+    if chat_template is None or is_template(chat_template):
         return chat_template
     try:
         return Path(chat_template).read_text()

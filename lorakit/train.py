@@ -15,6 +15,7 @@ from torch import Tensor
 from lorakit import loop, optim, runs
 from lorakit.data import account_lines
 from lorakit.data.batches import StreamEnded
+from lorakit.data.stream import Stream
 from lorakit.devices import on_rank_0, start_ranks
 from lorakit.errors import Interrupted, RunError, out_of_memory
 from lorakit.evaluate import evaluate
@@ -94,7 +95,10 @@ def _train(
     batches, held_out = batches_of(ready, recipe, ranks)
     stream = ready.rows.stream
     if stream:
-        stream.open_journal(output / "stream.jsonl", writes=run is not None)
+        stream.open_journal(output / "stream.jsonl")
+        ranks.wait_for_everyone()  # all have read the journal before rank 0 replaces it
+        if run:
+            stream.keep_journal(output / "stream.jsonl")
 
     def lr_at(step: int) -> float:
         name, peak = recipe.schedule.name, recipe.optimizer.lr
@@ -157,11 +161,40 @@ def _train(
             raise with_rows(error, batches.data, output) from None
         except StreamEnded as error:  # what was trained until here is not lost
             writer.checkpoint(state)
-            raise StreamEnded(error.message, f"{error.hint}\n  {runs.continue_hint(output)}") from None
-    if stream and run:
-        run.update(rows=stream.rows())
+            assert stream is not None
+            tell_stream(stream, run)
+            raise StreamEnded(error.message, cured(error.hint, stream, output)) from None
+    if stream:
+        tell_stream(stream, run)
     writer.close(outcome, state)
     return outcome
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Streams
+
+
+def tell_stream(stream: Stream, run: runs.Run | None) -> None:
+    """Say what became of all rows of the stream, and record it; the account of the first rows, with their
+    lengths and repetitions, stays beside it."""
+    account = stream.account()
+    for line in (str(account), *(f"first {kind}: {told}" for kind, told in account.first.items())):
+        say(f"stream    {line}")
+    for line in stream.lines():
+        say(f"stream    {line}")
+    if run is not None:
+        before = run.record()["account"]
+        whole = {"train": account.as_dict(), "first_rows": before["train"], "eval": before["eval"]}
+        run.update(rows=account.rows(), account=whole)
+
+
+def cured(hint: str, stream: Stream, output: Path) -> str:
+    """The hint for rows further on that cannot be trained, with the command that gets past them."""
+    kinds = stream.reading.fatal_kinds
+    if "dropped" in kinds:
+        return f"{hint}\n  That is for a new run, with --output: the rows of this one would be others."
+    skipped = " --set data.on_bad_row=skip" if kinds else ""
+    return f"{hint}\n  {runs.continue_hint(output)}{skipped}"
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """Data: rows -> samples -> tokens and weights, with an account of every row. No torch but in batches.py.
 
-rows.py reads, formats.py understands, render.py renders, tokenize.py does it to all rows, cache.py keeps the
-result, batches.py plans the steps. Here is load(), from a recipe's words to all of it.
+rows.py reads, formats.py understands, render.py renders, tokenize.py and workers.py do it to all rows,
+cache.py keeps the result, stream.py does without one, batches.py plans the steps. Here is load(), from a
+recipe's words to all of it.
 
 Shapes: S samples.
 """
@@ -19,10 +20,11 @@ import pyarrow as pa
 
 from lorakit.data import cache
 from lorakit.data.account import CURES, KINDS, Account, account_of, table
-from lorakit.data.reading import Reading, shown_sources
+from lorakit.data.reading import Reading, shown_sources, source_names
 from lorakit.data.stream import Stream
-from lorakit.data.tokenize import Done, Setting, num_cores, tokenize, tokenize_all
+from lorakit.data.tokenize import Done, Setting, tokenize
 from lorakit.data.tokens import Part, TokenData
+from lorakit.data.workers import num_cores, tokenize_all
 from lorakit.errors import LorakitError
 from lorakit.recipe import Recipe
 from lorakit.recipe.data import Data, Rows, sources
@@ -58,7 +60,7 @@ def load_parts(recipe: Recipe, tokenizer: Any) -> tuple[Loaded, Loaded | None]:
     else:
         same_format = section.model_copy(update={"format": rows.format, "streaming": False})
         held_out = load(section.eval, same_format, tokenizer, train_on)
-    held_out.account.compare(held_out.tokens, rows.tokens)
+    held_out.account.compare(held_out.tokens, rows.stream.first_pass()[0] if rows.stream else rows.tokens)
     return rows, held_out
 
 
@@ -71,8 +73,9 @@ def _first_of_stream(recipe: Recipe, tokenizer: Any) -> Loaded:
         display.add_task(f"tokenizing {reading.name}", total=None)
         tokens = stream.block(0)
     note = reading.note()
-    account = account_of(stream.rows(), note["first"])
-    account.measure(tokens)
+    once, rows = stream.first_pass()
+    account = account_of(rows, note["first"], note["reasons"])
+    account.measure(once)
     loaded = Loaded(tokens, account, note["format"], note["why"], stream)
     _check_any(loaded, section.train)
     return loaded
@@ -102,7 +105,7 @@ def _loaded(batches: Sequence[pa.RecordBatch], note: Mapping[str, Any], reading:
     tokens = TokenData(
         tuple(batches), tuple(note["files"]), tuple(parts), stored_fingerprint=note.get("fingerprint", "")
     )
-    account = account_of(note["rows"], note["first"])
+    account = account_of(note["rows"], note["first"], note["reasons"], source_names(reading.sources))
     if len(tokens):
         account.measure(tokens)
     return Loaded(tokens, account, note["format"], note["why"])
@@ -192,11 +195,23 @@ def hold_out(rows: Loaded, share: float, seed: int) -> tuple[Loaded, Loaded]:
         read=rows.account.read - apart.read,
         kept=rows.account.kept - apart.kept,
         truncated=rows.account.truncated - apart.truncated,
-        first={kind: text for kind, text in rows.account.first.items() if kind in CURES},
+        # Which side the rows that were cut are on is measured.
+        first={
+            kind: text for kind, text in rows.account.first.items() if kind in CURES and kind != "truncated"
+        },
+        reasons={kind: told for kind, told in rows.account.reasons.items() if kind != "truncated"},
     )
     apart.measure(held_out)
     account.measure(train)
     return replace(rows, tokens=train, account=account), replace(rows, tokens=held_out, account=apart)
+
+
+def _longest(part: Loaded) -> tuple[int, str]:
+    """(tokens of the longest sample, where it is); of a stream, of the longest that may come."""
+    if part.stream:
+        return part.stream.reading.setting.section.max_length, "data.max_length"
+    at = int(part.tokens.lengths.argmax())
+    return int(part.tokens.lengths[at]), part.tokens.places[at]
 
 
 def check_context(config: Mapping[str, Any], layers: Sequence[Layer], *parts: Loaded | None) -> None:
@@ -207,11 +222,10 @@ def check_context(config: Mapping[str, Any], layers: Sequence[Layer], *parts: Lo
     text = config.get("text_config") or config
     names = ("max_position_embeddings", "n_positions", "max_seq_len")
     context = next((text[name] for name in names if isinstance(text.get(name), int)), None)
-    longest = [(int(p.tokens.lengths.max()), p.tokens, int(p.tokens.lengths.argmax())) for p in parts if p]
-    length, tokens, sample = max(longest, key=lambda found: found[0])
+    length, where = max(_longest(part) for part in parts if part)
     if context is None or length <= context:
         return
-    message = f"{tokens.places[sample]}: {length:,} tokens, the model was made for {context:,} at most"
+    message = f"{where}: {length:,} tokens, the model was made for {context:,} at most"
     cure = f"Write data.max_length: {context}, and data.on_long: truncate or drop."
     if any(layer.kind == "embedding" and re.search(r"wpe|position", layer.name) for layer in layers):
         raise LorakitError(message, cure)
@@ -223,4 +237,5 @@ def account_lines(rows: Loaded, held_out: Loaded | None) -> list[str]:
     parts = [("first rows" if rows.stream else "training", rows.account)] + (
         [("held out", held_out.account)] if held_out else []
     )
-    return table(parts)
+    again = rows.stream.lines() if rows.stream else []
+    return [*table(parts), *([""] if again else []), *again]

@@ -141,22 +141,37 @@ def step_of(
     )
 
 
-def heaviest(data: TokenData, budget: int, packing: bool) -> list[MicroBatch]:
-    """Micro-batches that no micro-batch of a run needs more memory than: the longest samples that fit into
-    the budget, and those with the most trained tokens, which cost logits."""
-    found: list[list[int]] = []
-    for cost in (data.lengths, data.num_targets):
-        chosen: list[int] = []
-        total = width = 0
-        for sample in np.argsort(-cost.astype(np.int64), kind="stable")[: budget + 1].tolist():
-            length = int(data.lengths[sample])
-            total, width = total + length, max(width, length)
-            if chosen and (total if packing else width * (len(chosen) + 1)) > budget:
-                break
-            chosen.append(sample)
-        if chosen not in found:
-            found.append(chosen)
-    return [collate(chosen, data, packing) for chosen in found]
+def heaviest(
+    lengths: np.ndarray, num_targets: np.ndarray, ids: np.ndarray, budget: int, batch_size: int, packing: bool
+) -> list[MicroBatch]:
+    """Micro-batches that no micro-batch of a run needs more memory than, made of the tokens `ids`.
+
+    `lengths` and `num_targets`: tokens and trained tokens of the samples, of which a step has `batch_size`.
+    Packed: as many tokens as a row can have, in the longest documents. Padded: the longest rows, and the
+    block with the most slots. As many of their tokens are trained as `batch_size` samples can have.
+    """
+    every = np.sort(lengths)[::-1].astype(np.int64)
+    if packing:
+        most = every[:batch_size]
+        sizes = np.diff(np.minimum(np.cumsum(most), max(budget, int(most[0]))), prepend=0)
+        shapes = [sizes[sizes > 0]]
+    else:
+        most = np.minimum(batch_size, np.maximum(1, budget // every))  # rows, where there are as many
+        rows = np.minimum(np.arange(len(every), 0, -1), most)
+        full = int((every * rows).argmax())
+        shapes = [every[: rows[0]], every[full : full + rows[full]]][: 2 if full else 1]
+    trained = int(np.sort(num_targets)[::-1][:batch_size].sum(dtype=np.int64))
+    return [_made_up(shape.tolist(), trained, ids, packing) for shape in shapes]
+
+
+def _made_up(sizes: Sequence[int], trained: int, ids: np.ndarray, packing: bool) -> MicroBatch:
+    entries = []
+    for size in sizes:
+        weights = np.zeros(size, np.uint8)
+        weights[max(1, size - trained) :] = 1
+        trained -= int(weights.sum())
+        entries.append(Entry(np.resize(ids, size), weights))
+    return collate(range(len(sizes)), TokenData.of([as_batch(entries)], ["the most of the run"]), packing)
 
 
 @dataclass(frozen=True)
@@ -212,11 +227,3 @@ class StreamBatches:
         self.data = data
         samples = list(range(len(data)))
         return step_of(samples, data, self.micro_batch_tokens, self.packing, self.rank, self.num_ranks)
-
-
-def longest_possible(data: TokenData, max_length: int, budget: int) -> TokenData:
-    """Samples of `max_length` tokens, all trained, enough to fill the budget: what a stream may bring."""
-    ids = np.resize(data.sample(0)[0], max_length)
-    weights = np.ones(max_length, np.uint8)
-    weights[0] = 0  # nothing predicts the first token
-    return TokenData.of([as_batch([Entry(ids, weights)] * max(1, budget // max_length))], ["the longest"])

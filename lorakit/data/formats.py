@@ -14,6 +14,7 @@ from lorakit.data.turns import Fields as Fields
 from lorakit.data.turns import Message as Message
 from lorakit.data.turns import kind_of as kind_of
 from lorakit.errors import LorakitError, did_you_mean
+from lorakit.recipe.data import FORMAT_FIELDS
 
 FIELDS: dict[str, tuple[str, ...]] = {  # the fields a row must have, per format, in order of detection
     "preference": ("chosen", "rejected"),
@@ -108,9 +109,27 @@ def rename(row: Fields, columns: Mapping[str, str]) -> Fields:
     turned = {field: column for column, field in columns.items()}
     if not set(columns) <= _KNOWN or (set(turned) <= _KNOWN and _are_there(row, turned, columns)):
         pairs = turned
-    found = {field: _column(row, column) for field, column in pairs.items()}
+    try:
+        found = {field: _column(row, column) for field, column in pairs.items()}
+    except BadRow as error:
+        raise BadRow(f"{error}{_other_reading(columns)}") from None
     rest = {name: value for name, value in row.items() if name not in pairs.values()}
     return rest | found
+
+
+def _other_reading(columns: Mapping[str, str]) -> str:
+    """What to say when a key is no field, but near one: it was read as a column, and may be a misspelling."""
+    for name in columns:
+        if name not in _KNOWN and (near := did_you_mean(name, sorted(_KNOWN))):
+            return f' data.columns maps field: column, and "{name}" is no field. {near}'
+    return ""
+
+
+def unused(row: Fields, format_name: str, columns: Mapping[str, str]) -> list[str]:
+    """The columns of a renamed row that its format does not read; "id" is no one's."""
+    fields = {*FIELDS[format_name], *FORMAT_FIELDS.get(format_name, ("prompt",)), "id"}
+    inside = {path.split(".")[0] for path in (*columns, *columns.values()) if "." in path}
+    return [name for name in map(str, row) if name not in fields | inside]
 
 
 def _are_there(row: Fields, columns: Mapping[str, str], others: Mapping[str, str]) -> bool:

@@ -70,6 +70,23 @@ def prompt_text(messages: Sequence[Message], tools: Tools, tokenizer: Any) -> st
 # Running the template
 
 
+# What a template that asks for the date is told: with the day of the call the same rows would be other tokens
+# tomorrow, and a run could not be continued. Llama 3's templates take this date when they are told none. It
+# comes as a macro of the template, which hides the function of that name.
+_DATE = {
+    "%d": "26",
+    "%m": "07",
+    "%b": "Jul",
+    "%B": "July",
+    "%Y": "2024",
+    "%y": "24",
+    "%a": "Fri",
+    "%A": "Friday",
+}
+_TODAY = "{%- macro strftime_now(format) -%}{{ format"
+_TODAY += "".join(f" | replace('{sign}', '{text}')" for sign, text in _DATE.items()) + " }}{%- endmacro -%}"
+
+
 def render_many(tokenizer: Any, requests: Sequence[Request]) -> list[str | BadRow]:
     """The text of every request, or why there is none. Alike ones share a call, which halves their cost."""
     groups: dict[tuple[bool, int], list[int]] = {}
@@ -89,7 +106,9 @@ def render_many(tokenizer: Any, requests: Sequence[Request]) -> list[str | BadRo
 
 
 def _apply(tokenizer: Any, conversations: list[list[Message]], tools: Tools, prompt: bool) -> list[Any]:
-    options = {"tools": list(tools)} if tools else {}
+    options: dict[str, Any] = {"tools": list(tools)} if tools else {}
+    if "strftime_now" in str(tokenizer.chat_template):
+        options["chat_template"] = _TODAY + tokenizer.get_chat_template(tools=options.get("tools"))
     texts = tokenizer.apply_chat_template(
         conversations, tokenize=False, add_generation_prompt=prompt, **options
     )

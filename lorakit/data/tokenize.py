@@ -1,20 +1,7 @@
-"""Rows -> tokens, a chunk at a time: in this process, or on all cores.
-
-`tokenize` is a pure function, so that it does not matter which process runs it. Workers are forks: they have
-the tokenizer without it being sent, and touch neither torch nor a GPU.
-"""
+"""Rows -> tokens, a chunk at a time. `tokenize` is a pure function: it does not matter which process runs
+it."""
 
 import hashlib
-import multiprocessing
-import os
-import signal
-import sys
-import threading
-import time
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +11,9 @@ from lorakit.data.formats import FORMATS, BadRow, Chat, Sample, rename
 from lorakit.data.render import Tokens, as_trained, render_all, turns_apart
 from lorakit.data.rows import Chunk, Row
 from lorakit.data.tokens import Entry, as_batch
-from lorakit.errors import LorakitError, RunError
+from lorakit.errors import LorakitError
 from lorakit.recipe.data import Data
 from lorakit.recipe.task import fits
-
-_IN_FLIGHT = 3  # chunks for each worker: enough to keep it busy, few enough to hold in memory
-
 
 # A row of several samples is in the column of the worst of them; where only some have nothing to train on,
 # the others are trained.
@@ -144,63 +128,3 @@ def _entry(row: Row, tokens: Tokens, file: int, first: bool) -> Entry:
 
 def _number(mark: Any) -> int:
     return int.from_bytes(mark.digest(), "little")
-
-
-# ------------------------------------------------------------------------------------------------------------
-# On all cores
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def tokenize_all(pieces: Iterable[Piece], setting: Setting, num_workers: int) -> Iterator[Done]:
-    """tokenize() of every piece, in order; few are in memory at a time.
-
-    Raises: LorakitError as tokenize(); RunError when a worker was killed.
-    """
-    if num_workers < 2 or sys.platform != "linux":  # elsewhere a fork may meet locks that are never freed
-        for piece in pieces:
-            yield tokenize(piece, setting)
-        return
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are what runs at once
-    pool = ProcessPoolExecutor(
-        num_workers, multiprocessing.get_context("fork"), initializer=_start, initargs=(setting, os.getpid())
-    )
-    waiting: deque[Future[Done]] = deque()
-    try:
-        for piece in pieces:
-            waiting.append(pool.submit(_work, piece))
-            if len(waiting) >= _IN_FLIGHT * num_workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool:
-        raise RunError("a process that tokenized rows was killed", "Was there enough memory?") from None
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-_setting: Setting | None = None  # of a worker, from its birth on
-
-
-def _start(setting: Setting, parent: int) -> None:
-    """Make a fork a worker: it leaves signals to its parent, and goes when its parent is gone."""
-    global _setting
-    _setting = setting
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_DFL)
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _work(piece: Piece) -> Done:
-    assert _setting is not None
-    return tokenize(piece, _setting)

@@ -175,7 +175,15 @@ class TokenData:
         sizes = np.bincount(group)
         shuffled = np.random.Generator(np.random.PCG64([seed, 1])).permutation(len(sizes))
         wanted = min(max(1, round(share * len(self))), len(self) - 1)
-        taken = shuffled[: int(np.searchsorted(np.cumsum(sizes[shuffled]), wanted)) + 1]
+        fitting = shuffled[np.cumsum(sizes[shuffled]) <= wanted]
+        left = wanted - int(sizes[fitting].sum())
+        # A group that would overshoot is passed over for smaller ones behind it.
+        behind = shuffled[len(fitting) :]
+        behind = behind[sizes[behind] <= left]
+        more = behind[np.cumsum(sizes[behind]) <= left]
+        taken = np.concatenate([fitting, more])
+        if not len(taken) and len(sizes) > 1:
+            taken = np.array([sizes.argmin()])
         held_out = np.isin(group, taken)
         return self.select(np.flatnonzero(~held_out)), self.select(np.flatnonzero(held_out))
 

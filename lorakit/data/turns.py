@@ -95,6 +95,8 @@ def _turn(number: int, turn: Fields, role_key: str, text_key: str, roles: Mappin
         message["tool_calls"] = _calls(number, calls)
     if turn.get("weight") == 0:  # OpenAI's mark of an assistant's turn that is not trained
         message["weight"] = 0
+    elif role == "assistant" and not calls and not message["content"].strip():
+        raise BadRow(f"turn {number}: the assistant says nothing; only its end would be trained")
     return message | {name: turn[name] for name in _KEPT if isinstance(turn.get(name), str)}
 
 

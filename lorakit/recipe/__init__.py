@@ -210,8 +210,10 @@ def _resolved(written: source.Source, key: tuple[str, str], value: Any) -> Any:
         written.problem(key, f"not a usable path: {error}")
         return value
     hub_like = key in (("model", "path"), ("data", "train"), ("data", "eval"))
-    inline = key[1] == "chat_template" and ("{{" in value or "{%" in value)
-    return value if inline or (hub_like and is_hub_id(value) and not exists) else str(here.absolute())
+    inline = key[1] == "chat_template" and data_section.is_template(value)
+    misspelt = "/" in value and Path(value).suffix and here.parent.is_dir()  # a file that is not there
+    on_the_hub = hub_like and is_hub_id(value) and not exists and not misspelt
+    return value if inline or on_the_hub else str(here.absolute())
 
 
 def is_hub_id(text: str) -> bool:

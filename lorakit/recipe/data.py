@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from lorakit.errors import did_you_mean
 from lorakit.recipe.section import Conflicts, Section, Written
 
 # The fields that each format reads; `columns` maps them to the columns of the file.
@@ -22,6 +23,7 @@ FORMAT_FIELDS = {
 CHATS = ("messages", "sharegpt")
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
+_ABOUT_ROWS = ("dataset_info.json", "dataset_infos.json", "state.json")  # which `datasets` writes beside them
 COMPRESSED = (".gz", ".zst")  # a second suffix, after those of text
 
 Text = Annotated[str, Field(min_length=1)]
@@ -34,8 +36,8 @@ class Source(Section):
     """A file, a directory or a glob of files (relative to this file), or a hub data set `owner/name`."""
 
     weight: Annotated[float, Field(gt=0)] = 1.0
-    """How often a row of this source is seen in an epoch: 2 twice, 0.5 every other epoch. With streaming:
-    rows of this source for each row of a source of weight 1."""
+    """How often a row of this source is seen in an epoch: 2 twice, 0.5 every other epoch (each epoch has at
+    least one of them). With streaming: rows of this source for each row of a source of weight 1."""
 
     limit: Annotated[int, Field(ge=1)] | None = None
     """Read at most this many rows, from the start."""
@@ -120,12 +122,16 @@ def sources(value: Rows, limit: int | None) -> tuple[Source, ...]:
 
 
 def _source(item: str | Source) -> Source:
-    if isinstance(item, Source):
-        return item
-    if Path(item).is_absolute():
-        return Source(path=item)
-    name, _, split = item.partition(":")
-    return Source(path=name, split=split or None)
+    source = item if isinstance(item, Source) else Source(path=item)
+    name, _, split = source.path.partition(":")
+    if source.is_local or not split or source.split:
+        return source
+    return source.model_copy(update={"path": name, "split": split})
+
+
+def is_template(text: str) -> bool:
+    """Whether a chat template was written out, and not the name of a file that holds it."""
+    return "{{" in text or "{%" in text
 
 
 def is_data_file(name: str) -> bool:
@@ -146,9 +152,13 @@ def files_of(path: str) -> list[Path]:
     """
     whole = Path(path)
     if whole.is_dir():
-        found = glob(f"{escape(path)}/**/*", recursive=True)
-        if files := sorted(Path(file) for file in found if is_data_file(file) and Path(file).is_file()):
-            return files
+        found = _rows_in(glob(f"{escape(path)}/**/*", recursive=True))
+        kinds = sorted({_kind(file.name) for file in found})
+        if len(kinds) > 1:  # a licence beside the rows would be trained as text
+            example = f"{path}/**/*{kinds[0]}"
+            raise ValueError(f"{' and '.join(kinds)} files in this directory: name those you mean: {example}")
+        if found:
+            return found
         raise ValueError(f"no data file in this directory: {path} ({_known()})")
     if whole.exists():
         if is_data_file(whole.name):
@@ -156,11 +166,29 @@ def files_of(path: str) -> list[Path]:
         raise ValueError(f"not a data file lorakit reads: {path} ({_known()})")
     if not has_magic(path):
         raise ValueError(f"no such file: {path}")
-    matched = [Path(file) for file in glob(path, recursive=True)]
-    if files := sorted(file for file in matched if file.is_file() and is_data_file(file.name)):
+    matched = glob(path, recursive=True)
+    if files := _rows_in(matched):
         return files
-    odd = next((file.name for file in matched), None)
+    odd = next((Path(file).name for file in matched), None)
     raise ValueError(f"no data file matches {path}" + (f" ({odd} is none: {_known()})" if odd else ""))
+
+
+def _rows_in(found: list[str]) -> list[Path]:
+    """The data files among `found`, each once whatever links lead to it, by name."""
+    files = [Path(file) for file in found if is_data_file(file) and Path(file).is_file()]
+    once: dict[Path, Path] = {}
+    for file in sorted(files, key=lambda file: (len(file.parts), file)):
+        if file.name not in _ABOUT_ROWS:
+            once.setdefault(file.resolve(), file)
+    return sorted(once.values())
+
+
+def _kind(name: str) -> str:
+    """The suffix that says what a file holds, without the one of its compression."""
+    stem = name.lower()
+    for packed in COMPRESSED:
+        stem = stem.removesuffix(packed)
+    return Path(stem).suffix
 
 
 def _known() -> str:
@@ -211,6 +239,9 @@ def _of_columns(data: Any) -> Conflicts:
         yield "data.columns", f'"{twice[0]}" is named twice'
     elif not (set(given) <= set(known) or set(columns) <= set(known)):
         odd = sorted(set(given) - set(known))[0]
-        yield f"data.columns.{odd}", f"not a field of format {data.format}: one of {', '.join(known)}"
+        message = (
+            f"not a field of format {data.format}: one of {', '.join(known)}. {did_you_mean(odd, known)}"
+        )
+        yield f"data.columns.{odd}", message.removesuffix(". ")
     if data.header is not None and len(set(data.header)) < len(data.header):
         yield "data.header", "names a column twice"

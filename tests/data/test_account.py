@@ -10,9 +10,12 @@ import pytest
 
 from lorakit import data
 from lorakit.data import Loaded, load
-from lorakit.data.account import Account
+from lorakit.data.account import Account, account_of, table
+from lorakit.data.reading import Reading, source_names
+from lorakit.data.tokenize import Done, Setting
+from lorakit.data.tokens import Entry, Part, TokenData, as_batch
 from lorakit.errors import LorakitError
-from lorakit.recipe.data import Data
+from lorakit.recipe.data import Data, sources
 from lorakit.shapes import Layer
 from tests.samples import made
 
@@ -38,6 +41,11 @@ def loaded(tokenizer: Any, lines: list[str], train_on: str = "auto", **fields: A
     path = Path("d.jsonl").absolute()
     path.write_text("".join(line + "\n" for line in lines))
     return load(str(path), Data(train=str(path), **fields), tokenizer, train_on)
+
+
+def scored(score: str) -> str:
+    """A row of its own reason, whatever is no number."""
+    return json.dumps({"sentence1": "a", "sentence2": "b", "score": score})
 
 
 def refusal(tokenizer: Any, lines: list[str], train_on: str = "auto", **fields: Any) -> LorakitError:
@@ -88,7 +96,7 @@ def test_every_row_that_is_read_is_in_exactly_one_column(
 
 def test_the_account_tells_the_first_row_of_each_kind_and_why(tokenizer: Any) -> None:
     first = loaded(tokenizer, LINES, max_length=8, on_long="truncate", on_bad_row="skip").account.first
-    assert set(first) == {"truncated", "bad", "masked_out"}
+    assert set(first) == {"truncated", "bad", "masked_out", "no_trained_end"}
     assert first["truncated"] == "d.jsonl:3: 11 tokens, data.max_length is 8"
     assert first["bad"].startswith("d.jsonl:4: not JSON: ")
     assert first["masked_out"] == "d.jsonl:5: nothing left to train on: 11 tokens, data.max_length is 8"
@@ -159,9 +167,180 @@ def test_rows_with_one_reason_are_told_together(tokenizer: Any) -> None:
     assert counted == "600 of 603 rows read so far cannot be trained as they are"
 
 
+def reading_of(*problems: tuple[str, str, str], read: int = 0, **fields: Any) -> Reading:
+    """What is left of a pass over `read` rows with these problems: (kind, place, reason)."""
+    section = Data(train="/d.jsonl", **fields)
+    reading = Reading(sources(section.train, None), Setting(None, section, "auto"))
+    counts = {kind: sum(problem[0] == kind for problem in problems) for kind, _, _ in problems}
+    if (more := read - len(problems)) > 0:
+        counts["kept"] = more
+    reading.count(Done(0, as_batch([]), counts, problems))
+    return reading
+
+
+def complaint(reading: Reading) -> LorakitError:
+    with pytest.raises(LorakitError) as caught:
+        reading.raise_problems()
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("places", "told"),
+    [
+        (["a:3"], "a:3: r"),
+        (["a:3", "a:7"], "a:3: r (also row 7)"),
+        (["a:3", "b:7"], "a:3: r (also b:7)"),
+        (["a:3", "a:5", "b:7", "b:8"], "a:3: r (also rows 5, b:7, b:8)"),
+        (["a:3", "b:7", "a:5"], "a:3: r (also b:7, a:5)"),
+        ([f"a:{n}" for n in range(12)], "a:0: r (also rows 1, 2, 3, 4, 5, 6, 7, 8 and 3 more)"),
+        (["x:1:3", "x:1:4", "x:2:4"], "x:1:3: r (also rows 4, x:2:4)"),
+    ],
+)
+def test_rows_of_other_files_are_told_with_their_file(places: list[str], told: str) -> None:
+    reading = reading_of(*(("bad", place, "r") for place in places), read=20)
+    assert complaint(reading).message.splitlines()[0] == told
+
+
+def test_what_is_kept_of_bad_rows_does_not_grow_with_their_number() -> None:
+    number = 3000
+    problems = [("bad", f"d.jsonl:{n}", "the same") for n in range(number)]
+    problems += [("bad", f"d.jsonl:{n}", f"reason {n} {'x' * 5000}") for n in range(number)]
+    reading = reading_of(*problems)
+    assert len(json.dumps([vars(reason) for reason in reading.reasons.values()])) < 300_000
+    assert [len(reason.places) for reason in reading.reasons.values()] == [9] + [1] * 199
+    listed = complaint(reading).message.splitlines()
+    assert listed[0].endswith(f"and {number - 9:,} more)")
+    assert listed[-2:] == [
+        f"... and {number - 19:,} more",
+        f"{2 * number:,} of {2 * number:,} rows read so far cannot be trained as they are",
+    ]
+
+
+def long(tokens: int) -> str:
+    return f"{tokens:,} tokens, data.max_length is 1,024"
+
+
+def test_rows_that_are_too_long_are_one_reason_with_the_range_of_their_tokens() -> None:
+    nothing = "nothing left to train on: "
+    problems = [("dropped", f"d:{n}", long(tokens)) for n, tokens in enumerate((1500, 1100, 9000))]
+    problems += [("masked_out", f"d:{n}", nothing + long(n)) for n in (2000, 3000)]
+    listed = complaint(reading_of(*problems, read=9)).message.splitlines()
+    assert listed[:2] == [
+        "d:0: longer than data.max_length 1,024: 1,100 to 9,000 tokens (also rows 1, 2)",
+        f"d:2000: {nothing}longer than data.max_length 1,024: 2,000 to 3,000 tokens (also row 3000)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("reasons", "cure"),
+    [
+        (['no column "q" (data.columns). The row has: a.'], "data.columns"),
+        (['no field "prompt". The row has: a.'], "data.columns"),
+        (["the header has 2 cells, the record 3", "the header has 2 cells, the record 4"], "data.header"),
+        (["the chat template refuses this conversation: x"], "data.chat_template"),
+        (["turn 1: the chat template leaves out the system turn."], "data.chat_template"),
+        (["not JSON: Expecting value (column 1)"], "the end of its name"),
+        (['field "text" must be text, not a list'], "data.format"),
+    ],
+)
+def test_where_every_row_is_bad_the_cure_is_what_decides_it(reasons: list[str], cure: str) -> None:
+    problems = [("bad", f"d:{n}", reasons[n % len(reasons)]) for n in range(4)]
+    hint = complaint(reading_of(*problems)).hint
+    assert hint.startswith(cure)
+    assert SKIP not in hint and hint.count("data.") <= 1
+    assert complaint(reading_of(*problems, read=5)).hint.startswith(SKIP)
+
+
+def test_rows_that_are_masked_out_by_their_length_are_cured_by_it() -> None:
+    reading = reading_of(("masked_out", "d:1", f"nothing left to train on: {long(2000)}"), read=3)
+    hint = complaint(reading).hint
+    assert "data.max_length above 1024" in hint and "data.on_long: drop" in hint and SKIP in hint
+    reading = reading_of(*[("masked_out", f"d:{n}", "nothing left to train on") for n in (1, 2)])
+    assert complaint(reading).hint.startswith("task.train_on decides what is trained")
+
+
+def test_every_reason_of_the_rows_that_were_skipped_is_told(tokenizer: Any) -> None:
+    problems = [("bad", "d:1", "one"), ("bad", "e:2", "two"), ("bad", "d:3", "one"), ("bad", "d:4", "one")]
+    problems += [("bad", "d:5", "one")] + [("dropped", f"d:{n}", long(n)) for n in (2000, 3000)]
+    note = json.loads(json.dumps(reading_of(*problems, on_bad_row="skip", on_long="drop").note()))
+    assert note["reasons"] == {
+        "bad": [["one", ["d:1", "d:3", "d:4"], 4], ["two", ["e:2"], 1]],
+        "dropped": [
+            ["longer than data.max_length 1,024: 2,000 to 3,000 tokens", ["d:2000", "d:3000"], 2],
+        ],
+    }
+    account = account_of(note["rows"], note["first"], note["reasons"])
+    assert account.as_dict()["reasons"] == note["reasons"]
+    text = "\n".join(table([("training", account)]))
+    assert "training: first bad: d:1: one (also rows 3, 4 and 1 more)\n  e:2: two\n  data.on_bad_row" in text
+    assert "first dropped: d:2000: longer than data.max_length 1,024: 2,000 to 3,000 tokens (also row" in text
+
+
+def test_of_many_reasons_ten_are_noted_and_the_rest_is_counted() -> None:
+    reading = reading_of(*(("bad", f"d:{n}", f"reason {n}") for n in range(250)), on_bad_row="skip")
+    noted = reading.note()["reasons"]["bad"]
+    assert [reason for reason, _, _ in noted] == [f"reason {n}" for n in range(10)] + ["other reasons"]
+    assert noted[-1] == ["other reasons", [], 240]
+    lines = table([("training", account_of({"bad": 250}, reading.first, {"bad": noted}))])
+    assert "  other reasons (240 rows)" in lines
+
+
+def test_no_first_row_is_told_of_a_kind_without_rows() -> None:
+    account = Account(read=2, kept=2, first={"truncated": "d:1: long", "bad": "d:2: odd"})
+    assert not [line for line in table([("training", account)]) if "first" in line]
+    account.bad = 1
+    assert [line for line in table([("training", account)]) if "first" in line] == [
+        "training: first bad: d:2: odd"
+    ]
+
+
+def test_samples_in_which_no_end_is_trained_are_counted_with_the_first_of_them() -> None:
+    tokens, weights = np.arange(3, dtype=np.int32), np.array([0, 1, 1], np.uint8)
+    entries = [Entry(tokens, weights, row=n, hash=n, ends=n not in (2, 4)) for n in range(1, 5)]
+    account = Account(read=4, kept=4)
+    account.measure(TokenData.of([as_batch(entries)], ["d"]))
+    assert (account.trained_ends, account.no_trained_end, account.first["no_trained_end"]) == (2, 2, "d:2")
+    lines = table([("training", account)])
+    assert any(line.split() == ["no", "trained", "end", "2"] for line in lines)
+    assert "training: first no trained end: d:2" in lines
+    account.measure(TokenData.of([as_batch(entries[:1])], ["d"]))
+    assert "no trained end" not in "\n".join(table([("training", account)]))
+
+
+def test_a_cut_sample_is_the_first_where_none_was_told() -> None:
+    tokens, weights = np.arange(3, dtype=np.int32), np.array([0, 1, 1], np.uint8)
+    entries = [Entry(tokens, weights, row=n, hash=n, cut=n == 2) for n in (1, 2)]
+    account = Account(read=2, kept=1, truncated=1)
+    account.measure(TokenData.of([as_batch(entries)], ["d"]))
+    assert account.first["truncated"] == "d:2: longer than data.max_length 3"
+
+
+def test_each_source_has_a_line_where_there_are_several_or_a_weight_counts() -> None:
+    def told(weights: list[float]) -> list[list[str]]:
+        """Of each source rows 1, 1, 2: two rows, three samples."""
+        tokens, trained = np.arange(3, dtype=np.int32), np.array([0, 1, 1], np.uint8)
+        rows = [(file, row) for file in range(len(weights)) for row in (1, 1, 2)]
+        entries = [Entry(tokens, trained, file, row, hash=n) for n, (file, row) in enumerate(rows)]
+        parts = tuple(Part(3 * n, 3 * n + 3, weight) for n, weight in enumerate(weights))
+        names = [f"{n}.jsonl" for n in range(len(weights))]
+        account = account_of({"read": 9, "kept": 9}, {}, None, names)
+        account.measure(TokenData((as_batch(entries),), tuple(names), parts))
+        return [line.split() for line in table([("training", account)]) if ".jsonl  " in line]
+
+    assert told([1.0]) == []
+    assert told([2.0]) == [["0.jsonl", "2", "3", "2", "6"]]
+    assert told([1.0, 0.1]) == [["0.jsonl", "2", "3", "1", "3"], ["1.jsonl", "2", "3", "0.1", "1"]]
+
+
+def test_sources_are_named_as_a_user_would() -> None:
+    path = str(Path("d.jsonl").absolute())
+    listed = sources((path, "owner/name", "owner/name:test"), None)
+    assert source_names(listed) == ["d.jsonl", "owner/name", "owner/name:test"]
+
+
 def test_twenty_reasons_are_shown_and_the_rest_is_counted(tokenizer: Any) -> None:
-    lines = [json.dumps({"prompt": "1", "completion": "2" * length}) for length in range(10, 60)]
-    listed = refusal(tokenizer, lines, max_length=8).message.splitlines()
+    lines = [scored("x" * length) for length in range(1, 51)]
+    listed = refusal(tokenizer, lines).message.splitlines()
     assert len(listed) == 22
     assert [line.split(": ")[0] for line in listed[:20]] == [f"d.jsonl:{n}" for n in range(1, 21)]
     assert listed[20] == "... and 30 more"
@@ -231,8 +410,100 @@ def test_the_format_is_decided_by_the_first_row_that_can_be_read(tokenizer: Any)
 def test_a_format_that_the_recipe_names_is_not_detected(tokenizer: Any) -> None:
     row = '{"prompt": "1", "completion": "2", "text": "345"}'
     found = loaded(tokenizer, [row], format="text")
-    assert (found.format, found.why) == ("text", "as the recipe says")
+    why = "as the recipe says; columns not used: prompt, completion"
+    assert (found.format, found.why) == ("text", why)
     assert tokenizer.decode(found.tokens.sample(0)[0]) == "<s>345</s>"
+
+
+@pytest.mark.parametrize(
+    ("row", "fields", "why"),
+    [
+        ({"text": "1"}, {}, "the column text is there"),
+        ({"text": "1", "category": 3, "id": 5}, {}, "the column text is there; columns not used: category"),
+        (
+            {"instruction": "1", "input": "", "output": "2", "system": ""},
+            {},
+            "output are there; columns not used: system",
+        ),
+        ({"text": "1", **dict.fromkeys("abcdefgh", "")}, {}, "columns not used: a, b, c, d, e, f and 2 more"),
+        (
+            {"q": "1", "a": "2", "z": 1},
+            {"columns": {"prompt": "q", "completion": "a"}},
+            "columns not used: z",
+        ),
+        (
+            {"i": [{"o": "1"}]},
+            {"columns": {"text": "i.0.o"}},
+            "the column text is there",
+        ),
+    ],
+)
+def test_columns_that_are_not_used_are_named(
+    tokenizer: Any, row: dict[str, Any], fields: dict[str, Any], why: str
+) -> None:
+    assert loaded(tokenizer, [json.dumps(row)], **fields).why.endswith(why)
+
+
+def test_columns_that_are_not_used_are_named_with_the_file_where_formats_differ(tokenizer: Any) -> None:
+    Path("a.jsonl").write_text('{"text": "1", "category": 2}\n')
+    Path("b.jsonl").write_text('{"prompt": "1", "completion": "2"}\n')
+    files = (str(Path("a.jsonl").absolute()), str(Path("b.jsonl").absolute()))
+    found = load(files, Data(train=files), tokenizer, "auto")
+    assert found.why == "a.jsonl: text (columns not used: category); b.jsonl: prompt-completion"
+
+
+def test_a_line_of_plain_text_is_called_so(tokenizer: Any) -> None:
+    path = Path("d.txt").absolute()
+    path.write_text("12\n34\n")
+    found = load(str(path), Data(train=str(path)), tokenizer, "auto")
+    assert (found.format, found.why) == ("text", "one row per line of .txt")
+
+
+def of_csv(tokenizer: Any, text: str, name: str = "d.csv", **fields: Any) -> Loaded:
+    path = Path(name).absolute()
+    path.write_text(text)
+    return load(str(path), Data(train=str(path), **fields), tokenizer, "auto")
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("How are you? Fine.,yes\n1,2\n", "Then name the 2 columns: data.header: [prompt, completion]."),
+        (f"{'word' * 11}\nx\n", "Then name the column: data.header: [text]."),
+        ("a,b,3.5\n1,2,3\n", "Then name the 3 columns: data.header: [prompt, completion, ...]."),
+        ("question,answer\n1,2\n", ""),
+        ("question (en),answer text\n1,2\n", ""),
+    ],
+)
+def test_a_csv_file_whose_header_looks_like_a_row_is_told_of_data_header(
+    tokenizer: Any, text: str, names: str
+) -> None:
+    with pytest.raises(LorakitError) as caught:
+        of_csv(tokenizer, text)
+    assert caught.value.hint.endswith(names) and ("data.header" in caught.value.hint) == bool(names)
+    assert "data.columns" in caught.value.hint
+
+
+def test_no_header_is_offered_to_jsonl(tokenizer: Any) -> None:
+    assert "data.header" not in refusal(tokenizer, ['{"How are you? Fine.": 1}']).hint
+
+
+@pytest.mark.parametrize("first", ["prompt,completion", "completion,prompt", "prompt, completion"])
+def test_a_header_for_a_file_that_has_one_is_refused(tokenizer: Any, first: str) -> None:
+    with pytest.raises(LorakitError) as caught:
+        of_csv(tokenizer, f"{first}\n1,2\n", header=("prompt", "completion"))
+    assert caught.value.message == "d.csv:1: the first record is the header itself: delete data.header"
+    found = of_csv(tokenizer, "prompt,2\n1,2\n", header=("prompt", "completion"))
+    assert found.account.read == 2
+
+
+def test_a_misspelt_field_in_data_columns_is_told_when_rows_are_read(tokenizer: Any) -> None:
+    row = '{"text": "1", "label": "2"}'
+    error = refusal(tokenizer, [row], columns={"promt": "text", "completon": "label"})
+    assert error.message.startswith('d.jsonl:1: no column "promt" (data.columns). The row has: text, label.')
+    said = 'data.columns maps field: column, and "promt" is no field. Did you mean "prompt"?'
+    assert said in error.message
+    assert error.hint.startswith("data.columns") and SKIP not in error.hint
 
 
 def test_renamed_columns_are_renamed_before_the_format_is_decided(tokenizer: Any) -> None:
@@ -382,7 +653,7 @@ def test_each_turn_is_a_sample_given_what_a_prompt_would_hold(tokenizer: Any) ->
     ]
     assert list(found.tokens.places) == ["d.jsonl:1", "d.jsonl:1", "d.jsonl:2"]
     assert (found.account.read, found.account.kept, found.account.samples) == (2, 2, 3)
-    assert any(line.split() == ["samples", "3"] for line in found.account.lines())
+    assert any(line.split() == ["samples", "3"] for line in table([("", found.account)]))
 
 
 @pytest.mark.parametrize(

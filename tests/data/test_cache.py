@@ -1,12 +1,19 @@
 """The cache of tokens: what it is keyed by, and that nothing half written is ever used."""
 
+import copy
+import errno
+import fcntl
 import json
 import os
+import pwd
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +21,16 @@ import numpy as np
 import pytest
 
 from lorakit.data import cache, load
+from lorakit.data.tokens import Entry as Stored
+from lorakit.data.tokens import as_batch
+from lorakit.errors import LorakitError
 from lorakit.recipe.data import Data
 from lorakit.recipe.section import Section
 from tests.conftest import ROOT
 
 NUMBER = 2600  # rows: more than are kept in memory
+LONG = 6000  # rows that take a while
+DAY = 24 * 3600
 
 
 @pytest.fixture(autouse=True)
@@ -127,8 +139,6 @@ def test_each_field_that_decides_tokens_has_an_entry_of_its_own(
 
 
 def test_tokenizer_template_and_task_have_entries_of_their_own(tokenizer: Any) -> None:
-    import copy
-
     loaded(tokenizer)
     path = str(Path("d.jsonl").absolute())
     load(path, Data(train=path), tokenizer, "all")
@@ -138,7 +148,22 @@ def test_tokenizer_template_and_task_have_entries_of_their_own(tokenizer: Any) -
     more = copy.deepcopy(tokenizer)
     more.add_tokens(["xyz"])
     loaded(more)
-    assert len(entries()) == 4
+    parts = copy.deepcopy(tokenizer)
+    parts.split_special_tokens = True
+    loaded(parts)
+    assert len(entries()) == 5
+
+
+def test_a_tokenizer_that_was_used_has_the_key_it_had(tokenizer: Any) -> None:
+    """A call, and rendering, leave other lengths to cut and to pad at in it."""
+    used = copy.deepcopy(tokenizer)
+    used.backend_tokenizer.enable_truncation(7)
+    used.backend_tokenizer.enable_padding(length=9)
+    keys = [cache.key([], used, {})]
+    used(["1 2", "3"], truncation=True, max_length=4)
+    keys.append(cache.key([], used, {}))
+    loaded(used)
+    assert {*keys, cache.key([], used, {})} == {cache.key([], tokenizer, {})}
 
 
 def test_what_does_not_decide_tokens_shares_an_entry(tokenizer: Any) -> None:
@@ -201,6 +226,197 @@ def test_a_place_that_cannot_be_written_costs_the_cache_only(
     assert "LORAKIT_CACHE" in capsys.readouterr().err
 
 
+def test_a_user_without_a_home_has_no_cache(tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def nobody(number: int) -> Any:
+        raise KeyError(number)
+
+    for name in ("LORAKIT_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    with pytest.raises(cache.Unwritable):
+        cache.root()
+    assert len(loaded(tokenizer).tokens) == NUMBER
+    assert "no cache: this user has no home directory; LORAKIT_CACHE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL])
+def test_a_file_system_without_locks_has_no_cache(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capsys, number: int
+) -> None:
+    def unknown(*arguments: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", unknown)
+    assert len(loaded(tokenizer).tokens) == NUMBER
+    assert f"no cache: [Errno {number}]" in capsys.readouterr().err
+    assert entries() == []
+
+
+def batch() -> Any:
+    return as_batch([Stored(np.arange(5, dtype=np.int32), np.ones(5, np.uint8))])
+
+
+def passed() -> cache.Entry:
+    entry = cache.Entry()
+    with entry.locked():
+        with entry.writing() as sink:
+            sink.add(batch())
+        entry.commit({})
+    return entry
+
+
+def test_a_passing_entry_leaves_neither_a_folder_nor_a_lock() -> None:
+    found = passed().read()
+    assert found is not None
+    assert found[0][0].column("ids").to_pylist() == [[0, 1, 2, 3, 4]]
+    assert list((cache.root() / "data").iterdir()) == []
+
+
+def test_a_mapped_file_that_stays_in_its_folder_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS: it has another name there until it is closed."""
+    entry, remove = passed(), os.rmdir
+
+    def in_use(path: Any, *arguments: Any, **options: Any) -> None:
+        if str(path).startswith(str(entry.folder)) or path == entry.folder.name:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+        remove(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "rmdir", in_use)
+    found = entry.read()
+    assert found is not None
+    assert entry.folder.exists()
+    assert found[0][0].num_rows == 1
+
+
+@pytest.fixture
+def small_disk() -> Iterator[None]:
+    """Files of 4 kB at most."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_told_and_nothing_stays(tokenizer: Any, small_disk: None) -> None:
+    with pytest.raises(LorakitError, match="cannot write tokens: File too large"):
+        loaded(tokenizer)
+    assert entries() == []
+
+
+def test_a_disk_that_is_full_at_the_end_is_told(small_disk: None) -> None:
+    """The last bytes are written when the file is closed, and the note by commit()."""
+    entry = cache.Entry("0" * 32)
+    with entry.locked():
+        with pytest.raises(LorakitError, match="cannot write tokens"), entry.writing() as sink:
+            sink.add(batch())
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        with pytest.raises(LorakitError, match="cannot write tokens"):
+            entry.commit({})
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "d.jsonl"), OSError(errno.ENOSPC, "elsewhere")])
+def test_what_fails_beside_the_cache_is_no_full_disk(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, error: OSError
+) -> None:
+    def fail(*arguments: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr("lorakit.data.tokenize_all", fail)
+    with pytest.raises(OSError) as caught:
+        loaded(tokenizer)
+    assert caught.value is error
+    assert entries() == []
+
+
+def aged(path: Path, days: float) -> None:
+    then = time.time() - days * DAY
+    os.utime(path, (then, then))
+
+
+def stored(name: str, days: float, *files: str) -> Path:
+    folder = cache.root() / "data" / name
+    folder.mkdir(parents=True)
+    for file in files:
+        (folder / file).write_text("x" * 1000)
+    aged(folder, days)
+    return folder
+
+
+def test_what_was_not_used_for_thirty_days_goes_with_the_next_commit(
+    tokenizer: Any, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorakit.data.num_cores", lambda: 1)  # forks hold the locks until they end
+    old = [
+        stored("a" * 32, 31, "tokens.arrow", "entry.json"),
+        stored("b" * 32 + ".new", 31, "tokens.arrow"),
+        stored("passing-12-0123abcd", 31, ".nfs0001"),
+        stored("passing-12-0123abce.new", 31, "tokens.arrow"),
+    ]
+    mine = [
+        stored("c" * 32, 29, "tokens.arrow", "entry.json"),
+        stored("d" * 32 + ".new", 29, "tokens.arrow"),
+        stored("e" * 32, 31, "letters.txt"),
+        stored("photos", 31, "entry.json"),
+        stored("photos.new", 31, "tokens.arrow"),
+        stored("passing", 31, "entry.json"),
+        stored("f" * 32, 31, "tokens.arrow", "entry.json"),
+    ]
+    home = cache.root() / "data"
+    (home / ("a" * 32 + ".lock")).touch()
+    with (home / ("f" * 32 + ".lock")).open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        loaded(tokenizer)
+        assert [path.exists() for path in old] == [False] * len(old)
+        assert [path.exists() for path in mine] == [True] * len(mine)
+        assert not (home / ("a" * 32 + ".lock")).exists()
+        assert (home / ("f" * 32 + ".lock")).exists()
+    told = [line for line in capsys.readouterr().err.splitlines() if "removed" in line]
+    assert len(told) == 1
+    assert "4 entries, 0 MB, unused for 30 days" in told[0]
+    cache.sweep(home)
+    assert not mine[-1].exists()
+    assert "1 entry" in capsys.readouterr().err
+    cache.sweep(home)
+    assert capsys.readouterr().err == ""
+
+
+def test_reading_an_entry_is_using_it(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorakit.data.num_cores", lambda: 1)  # forks hold the locks until they end
+    loaded(tokenizer)
+    [entry] = entries()
+    aged(entry, 31)
+    loaded(tokenizer)
+    cache.sweep(entry.parent)
+    assert entries() == [entry]
+    aged(entry, 31)
+    cache.sweep(entry.parent)
+    assert entries() == []
+
+
+def test_who_waits_for_a_lock_that_is_removed_takes_the_new_one() -> None:
+    """Else two processes would hold locks of the same name."""
+    entry = cache.Entry("0" * 32)
+    entry.folder.parent.mkdir(parents=True)
+    lock = entry.folder.with_name(f"{entry.folder.name}.lock")
+    with ThreadPoolExecutor(1) as pool:
+        with lock.open("a") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+
+            def wait() -> bool:
+                with entry.locked(), lock.open("a") as second:
+                    try:
+                        fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    except BlockingIOError:
+                        return True
+                    return False
+
+            waiting = pool.submit(wait)
+            time.sleep(0.3)
+            assert not waiting.done()
+            lock.unlink()
+        assert waiting.result(timeout=10)
+
+
 LOAD = """
 import sys
 from transformers import AutoTokenizer
@@ -233,7 +449,7 @@ def test_a_process_killed_in_the_middle_leaves_nothing_that_is_used(
 ) -> None:
     """Neither an entry nor a process: its workers see that it is gone."""
     with (here / "d.jsonl").open("a") as file:
-        file.writelines(json.dumps({"prompt": "1 " * 400, "completion": "2"}) + "\n" for _ in range(20_000))
+        file.writelines(json.dumps({"prompt": "1 " * 400, "completion": "2"}) + "\n" for _ in range(LONG))
     process = start(tiny, here)
     tokens = None
     while tokens is None or tokens.stat().st_size < 100_000:
@@ -250,7 +466,7 @@ def test_a_process_killed_in_the_middle_leaves_nothing_that_is_used(
         time.sleep(0.1)
     assert [entry.suffix for entry in entries()] == [".new"]
     found = loaded(tokenizer)
-    assert len(found.tokens) == NUMBER + 20_000
+    assert len(found.tokens) == NUMBER + LONG
     assert [entry.suffix for entry in entries()] == [""]
     again = loaded(tokenizer)
     assert np.array_equal(found.tokens.lengths, again.tokens.lengths)

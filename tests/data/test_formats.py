@@ -1,7 +1,7 @@
 """Rows -> samples: which format a row has, what it means, and what is said of a row that means nothing."""
 
 import json
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -18,9 +18,10 @@ from lorakit.data.formats import (
     Text,
     detect,
     rename,
+    unused,
 )
 from lorakit.errors import LorakitError
-from lorakit.recipe.data import FORMAT_FIELDS
+from lorakit.recipe.data import FORMAT_FIELDS, Data
 from lorakit.recipe.task import TRAIN_ON
 
 ASK, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -53,9 +54,18 @@ def reason(format_name: str, row: dict[str, Any]) -> str:
 def test_every_format_is_known_everywhere_and_has_a_good_row_here() -> None:
     assert set(FORMATS) == set(FIELDS) == set(GOOD)
     trained = set(GOOD) - {"preference"}  # which no task trains yet
-    assert set(TRAIN_ON) == trained <= set(FORMAT_FIELDS)
+    assert set(TRAIN_ON) == trained == set(FORMAT_FIELDS)
+    assert {"auto", *trained} == set(get_args(Data.model_fields["format"].annotation))
     for name in trained:
         assert set(FIELDS[name]) <= set(FORMAT_FIELDS[name])
+
+
+@pytest.mark.parametrize("name", FORMAT_FIELDS)
+def test_a_field_that_a_row_may_leave_out_is_read_all_the_same(name: str) -> None:
+    """The two tables differ by these fields only: what each does to a row is seen."""
+    for field in set(FORMAT_FIELDS[name]) - set(FIELDS[name]):
+        assert reason(name, GOOD[name][0] | {field: 3}).startswith(f'field "{field}" must be ')
+    assert unused(dict.fromkeys(FORMAT_FIELDS[name]) | {"id": 1, "zz": 1}, name, {}) == ["zz"]
 
 
 @pytest.mark.parametrize("name", GOOD)
@@ -168,6 +178,23 @@ def test_a_column_that_is_not_there_is_named_with_the_nearest_or_all(
     with pytest.raises(BadRow) as caught:
         rename(row, {"prompt": "queston"})
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "nearest"),
+    [
+        ({"prompt": "p", "completion": "c"}, {"promt": "prompt"}, 'Did you mean "prompt"?'),
+        ({"a": "p", "b": "c"}, {"promt": "prompt"}, "The row has: a, b."),
+    ],
+)
+def test_a_key_that_is_neither_column_nor_field_is_told_in_both_readings(
+    row: dict[str, Any], columns: dict[str, str], nearest: str
+) -> None:
+    with pytest.raises(BadRow) as caught:
+        rename(row, columns)
+    both = 'data.columns maps field: column, and "promt" is no field. Did you mean "prompt"?'
+    assert str(caught.value) == f'no column "promt" (data.columns). {nearest} {both}'
+    assert rename({"promt": "p"}, columns) == {"prompt": "p"}  # a column that is spelt so
 
 
 NESTED = {"id": "seed_0", "instances": [{"input": "", "output": "o"}, {"output": "p"}], "a.b": "dotted"}
@@ -422,8 +449,18 @@ def test_the_text_of_a_turn_must_be_text(name: str, content: Any, kind: str) -> 
 @pytest.mark.parametrize("name", KEYS)
 def test_parts_of_text_are_joined(name: str) -> None:
     parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "b", "image_url": None}, "c"]
-    sample = FORMATS[name](chat(name, ("user", parts), ("assistant", [])))
-    assert sample == Chat(({"role": "user", "content": "a bc"}, {"role": "assistant", "content": ""}))
+    sample = FORMATS[name](chat(name, ("user", parts), ("assistant", ["d"])))
+    assert sample == Chat(({"role": "user", "content": "a bc"}, {"role": "assistant", "content": "d"}))
+
+
+@pytest.mark.parametrize("name", KEYS)
+@pytest.mark.parametrize("content", ["", " \n", []])
+def test_an_empty_answer_is_refused_unless_it_is_not_trained(name: str, content: Any) -> None:
+    row = chat(name, ("user", "q"), ("assistant", content))
+    assert reason(name, row) == "turn 2: the assistant says nothing; only its end would be trained"
+    turns = row["messages" if name == "messages" else "conversations"]
+    turns[1]["weight"] = 0
+    assert FORMATS[name](row)
 
 
 @pytest.mark.parametrize("name", KEYS)
@@ -520,7 +557,7 @@ def test_two_system_texts_are_refused() -> None:
 
 
 def test_turns_keep_their_order_and_their_spaces() -> None:
-    turns = (("system", " s "), ("user", "\nq"), ("assistant", ""), ("user", "t"), ("assistant", "a\n"))
+    turns = (("system", " s "), ("user", "\nq"), ("assistant", " b"), ("user", "t"), ("assistant", "a\n"))
     sample = FORMATS["messages"](chat("messages", *turns))
     assert sample == Chat(tuple({"role": role, "content": text} for role, text in turns))
 

@@ -13,7 +13,7 @@ from lorakit.data.batches import drawn, order, samples_of, steps_per_epoch
 from lorakit.data.tokens import Part
 from lorakit.errors import LorakitError, RecipeError
 from lorakit.recipe import load_recipe
-from lorakit.recipe.data import Data, files_of
+from lorakit.recipe.data import Data, Source, files_of, sources
 
 
 @pytest.fixture(autouse=True)
@@ -53,10 +53,32 @@ def test_a_directory_is_all_data_files_below_it_in_the_order_of_their_names(
     pairs("d/.hidden/x.jsonl", 4)
     pairs("d/.x.jsonl", 4)
     Path("d/README.md").write_text("no rows")
-    Path("d/c.csv").write_text("prompt,completion\n5,6\n")
-    assert [str(file) for file in files_of("d")] == ["d/a/z.jsonl", "d/b.jsonl", "d/c.csv"]
+    Path("d/dataset_info.json").write_text("{}")
+    Path("d/c.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "5", "completion": "6"}'))
+    Path("d/again").symlink_to(Path("d").absolute())
+    Path("d/link.jsonl").symlink_to(Path("d/b.jsonl").absolute())
+    assert [str(file) for file in files_of("d")] == ["d/a/z.jsonl", "d/b.jsonl", "d/c.jsonl.gz"]
     found, _ = parts(tiny, tokenizer, "{train: d}")
-    assert places(found) == ["d/a/z.jsonl:1", "d/a/z.jsonl:2", "d/b.jsonl:1", "d/c.csv:1"]
+    assert places(found) == ["d/a/z.jsonl:1", "d/a/z.jsonl:2", "d/b.jsonl:1", "d/c.jsonl.gz:1"]
+
+
+def test_a_directory_of_several_kinds_is_refused_with_the_glob_of_one(tiny: Path, cli: Any) -> None:
+    """A licence beside the rows would be trained as text."""
+    pairs("d/a.jsonl", 1)
+    Path("d/LICENSE.txt").write_text("Apache")
+    recipe(tiny, "{train: d}")
+    code, out, _ = cli("validate", "r.yaml")
+    assert code == 2
+    assert ".jsonl and .txt files in this directory: name those you mean: " in out
+    assert "/d/**/*.jsonl" in out
+    recipe(tiny, "{train: 'd/**/*.jsonl'}")
+    assert cli("validate", "r.yaml")[0] == 0
+
+
+def test_a_split_may_stand_in_the_name_of_a_hub_data_set() -> None:
+    plain, mapped = sources(("o/n:test", Source(path="o/n:test[:5%]", config="c")), None)
+    assert (plain.path, plain.split) == ("o/n", "test")
+    assert (mapped.path, mapped.split, mapped.config) == ("o/n", "test[:5%]", "c")
 
 
 def test_a_glob_is_the_data_files_it_matches(tiny: Path, tokenizer: Any) -> None:
@@ -215,6 +237,17 @@ def test_equal_rows_are_never_on_both_sides(tiny: Path, tokenizer: Any) -> None:
     assert (rows.account.duplicates, held_out.account.duplicates) == (63, 27)
 
 
+def test_a_large_group_of_equal_rows_is_not_held_out_for_a_small_share(tiny: Path, tokenizer: Any) -> None:
+    pairs("a.jsonl", *[0] * 60, *range(1, 41))
+    for seed in range(20):
+        found = recipe(tiny, "{train: a.jsonl, eval: 0.1}", f"training: {{seed: {seed}}}\n")
+        _, held_out = load_parts(found, tokenizer)
+        assert held_out and len(held_out.tokens) == 10
+    pairs("a.jsonl", *[0] * 60, *[1] * 40)
+    _, held_out = parts(tiny, tokenizer, "{train: a.jsonl, eval: 0.1}")
+    assert held_out and len(held_out.tokens) == 40  # the smallest there is
+
+
 def test_each_row_is_in_the_account_of_its_side(tiny: Path, tokenizer: Any) -> None:
     pairs("a.jsonl", *range(20))
     with Path("a.jsonl").open("a") as file:
@@ -252,6 +285,12 @@ def test_a_run_with_a_share_is_evaluated_and_scored_on_the_same_rows(tiny: Path,
     found = json.loads(out)
     assert (found["rows"], found["prompts"]) == (10, 10)
     assert "other rows" not in err
+    code, _, err = cli("eval", "out", "--set", "data.limit=20")
+    assert code == 2
+    assert "--set data.limit=20: the held-out rows are a share of the training rows" in err
+    pairs("more/b.jsonl", *range(50, 60))
+    code, out, err = cli("eval", "out", "--data", "more", "--json")
+    assert (code, json.loads(out)["rows"]) == (0, 10), err
     losses = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
     last = [line["eval_loss"] for line in losses if "eval_loss" in line][-1]
     assert found["adapter"]["loss"] == pytest.approx(last, abs=1e-5)
@@ -333,3 +372,58 @@ def test_samples_that_are_all_cut_would_never_teach_to_stop(tiny: Path, tokenize
 def test_a_stream_without_an_end_is_refused_by_the_recipe(tiny: Path) -> None:
     with pytest.raises(RecipeError, match=r"data\.streaming: the end of a stream is not known"):
         recipe(tiny, "{train: a.jsonl, streaming: true}")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What no row is to blame for
+
+
+def test_a_misspelt_file_is_a_file_and_no_hub_data_set(tiny: Path, cli: Any, here: Path) -> None:
+    pairs("d/a.jsonl", 1)
+    recipe(tiny, "{train: d/a.jsnol}")
+    code, out, _ = cli("validate", "r.yaml")
+    assert code == 2
+    assert f"no such file: {here}/d/a.jsnol" in out
+
+
+def test_a_template_that_is_not_there_is_found_by_validate(tiny: Path, cli: Any, here: Path) -> None:
+    pairs("a.jsonl", 1)
+    recipe(tiny, "{train: a.jsonl, chat_template: gone.jinja}")
+    code, out, _ = cli("validate", "r.yaml")
+    assert code == 2
+    assert f"r.yaml:2:24  data.chat_template: no such file: {here}/gone.jinja" in out
+
+
+def test_a_template_that_is_no_jinja_is_told_with_its_line_and_not_row_by_row(tiny: Path, cli: Any) -> None:
+    turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
+    Path("a.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 5)
+    Path("t.jinja").write_text("{% for m in messages %}\n{{ m.content }\n{% endfor %}")
+    recipe(tiny, "{train: a.jsonl, chat_template: t.jinja}")
+    code, _, err = cli("preview", "r.yaml")
+    assert code == 2
+    assert "t.jinja: line 2: unexpected '}'" in err
+    assert "a.jsonl" not in err
+
+
+def test_a_stream_may_not_be_longer_than_positions_that_are_learned(tiny: Path, cli: Any, here: Path) -> None:
+    """Whatever its first rows are: a later one may be as long as data.max_length."""
+    import shutil
+
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = here / "gpt2"
+    GPT2LMHeadModel(
+        GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=400, n_positions=64, eos_token_id=2)
+    ).save_pretrained(model)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny / "model" / name, model / name)
+    pairs("a.jsonl", *range(30))
+    text = "{train: a.jsonl, streaming: true, max_length: 128}"
+    Path("r.yaml").write_text(
+        f"model: {{path: {model}}}\ndata: {text}\noutput: out\ntraining: {{max_steps: 1}}\n"
+    )
+    code, _, err = cli("train", "r.yaml")
+    assert code == 2
+    assert "data.max_length: 128 tokens, the model was made for 64 at most" in err

@@ -519,3 +519,11 @@ def test_a_cut_sample_ends_when_the_end_token_of_a_turn_is_left(tokenizer: Any, 
         found = render(CHATS["multi"], model, train_on, length)
         trained = found.ids[found.weights == 1].tolist()
         assert found.ends is (end in trained)
+
+
+def test_a_template_that_asks_for_the_date_gets_one_date_for_ever(tokenizer: Any) -> None:
+    """And not the day of the call: what was tokenized yesterday must be the same today."""
+    dated = "{{ strftime_now('%d %b %Y') }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+    found = render(CHATS["one"], with_template(tokenizer, dated), "all", 1000)
+    model = tokenizer_of("chatml", tokenizer)
+    assert model.decode(found.ids).startswith("26 Jul 2024<|user|>")

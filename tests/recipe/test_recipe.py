@@ -728,6 +728,12 @@ def test_a_column_for_a_field_of_another_format_is_refused() -> None:
     assert "not a field of format text: one of text" in found.message
 
 
+def test_a_misspelt_field_of_data_columns_is_recognised() -> None:
+    found = problem(base="model: {path: m}\ndata: {train: d, columns: {promt: q}}\noutput: o\n")
+    assert found.field == "data.columns.promt"
+    assert found.message.endswith('. Did you mean "prompt"?')
+
+
 def test_two_columns_for_one_field_are_refused() -> None:
     problems(base="model: {path: m}\ndata: {train: d, columns: {a: text, b: text}}\noutput: o\n")
 
