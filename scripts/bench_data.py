@@ -5,9 +5,9 @@
 Rows are chats of one question and one answer, over 100 tokens long, written by this script. lorakit reads the
 JSONL file, renders, masks all but the answers, accounts for every row and writes its cache, on all cores.
 TRL (pip install trl) is given the same rows as a `datasets` data set that is loaded already, and as many
-processes; it renders and tokenizes, and masks nothing, because it cannot with a template that has no
-generation marks. Each runs in a process of its own, in turns; peak memory is that of the largest process
-above what its imports take.
+processes: as prompts and completions, of which it masks the prompts (trl, the same work); and as messages, of
+which it masks nothing, because it cannot with a template that has no generation marks (trl-unmasked). Each
+runs in a process of its own, in turns; peak memory is that of the largest process above what imports take.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def run_lorakit(file: Path) -> None:
     report(len(loaded.tokens), loaded.tokens.num_tokens, time.perf_counter() - began, peaks() - before)
 
 
-def run_trl(file: Path, number: int, cores: int) -> None:
+def run_trl(file: Path, number: int, cores: int, masked: bool) -> None:
     import datasets
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
@@ -68,6 +68,11 @@ def run_trl(file: Path, number: int, cores: int) -> None:
     folder = tempfile.mkdtemp(dir=file.parent)
     datasets.config.HF_DATASETS_CACHE = folder
     rows = datasets.load_dataset("json", data_files=str(file), split=f"train[:{number}]", cache_dir=folder)
+    if masked:
+        rows = rows.map(
+            lambda row: {"prompt": row["messages"][:1], "completion": row["messages"][1:]},
+            remove_columns="messages",
+        )
     tokenizer, model = AutoTokenizer.from_pretrained(MODEL), AutoModelForCausalLM.from_pretrained(MODEL)
     settings = SFTConfig(
         folder, dataset_num_proc=cores, max_length=1024, report_to="none", use_cpu=True, bf16=False
@@ -131,9 +136,12 @@ def main() -> None:
     cores = len(os.sched_getaffinity(0))
     if chosen.child:
         name, file, number = chosen.child
-        run_lorakit(Path(file)) if name == "lorakit" else run_trl(Path(file), int(number), cores)
+        if name == "lorakit":
+            run_lorakit(Path(file))
+        else:
+            run_trl(Path(file), int(number), cores, masked=name == "trl")
         return
-    found: dict[str, list[dict[str, float]]] = {"lorakit": [], "trl": []}
+    found: dict[str, list[dict[str, float]]] = {"lorakit": [], "trl": [], "trl-unmasked": []}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.jsonl"
         write_rows(file, chosen.rows)
@@ -143,21 +151,22 @@ def main() -> None:
             found["lorakit"].append(child(cache, "--child", "lorakit", file, chosen.rows))
             if find_spec("trl"):
                 number = chosen.trl_rows or chosen.rows
-                found["trl"].append(child(cache, "--child", "trl", file, number))
+                for name in ("trl", "trl-unmasked"):
+                    found[name].append(child(cache, "--child", name, file, number))
         for name, results in found.items():
             if not results:
-                print(f"{name:<8} not installed")
+                print(f"{name:<12} not installed")
                 continue
             rate = statistics.median(result["rows"] / result["seconds"] for result in results)
             memory = max(result["bytes"] for result in results)
             rows, tokens = results[0]["rows"], results[0]["tokens"]
             told = f", {tokens:,.0f} tokens" if tokens else ""
             above = f"{memory / 2**20:>6,.0f} MiB above imports"
-            print(f"{name:<8} {rate:>8,.0f} rows/s, {above} ({rows:,} rows{told})")
+            print(f"{name:<12} {rate:>8,.0f} rows/s, {above} ({rows:,} rows{told})")
         if all(found.values()):
             pairs = zip(found["lorakit"], found["trl"], strict=True)
             ratios = [(a["rows"] / a["seconds"]) / (b["rows"] / b["seconds"]) for a, b in pairs]
-            print(f"lorakit is {statistics.median(ratios):.1f} times as fast")
+            print(f"lorakit is {statistics.median(ratios):.1f} times as fast at the same work")
         cold = to_step_0(file, Path(folder) / "cold")
         warm = to_step_0(file, Path(folder) / "cold")
         print(f"step 0 after {cold:.1f} s with an empty cache, {warm:.1f} s with the tokens in it")
