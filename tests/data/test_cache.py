@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -288,29 +289,32 @@ def test_a_mapped_file_that_stays_in_its_folder_does_not_matter(monkeypatch: pyt
     assert found[0][0].num_rows == 1
 
 
-@pytest.fixture
-def small_disk() -> Iterator[None]:
-    """Files of 4 kB at most."""
+@contextmanager
+def largest_file(num_bytes: int) -> Iterator[None]:
+    """Within the block alone: the tests' own output may go to a file that is larger."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_is_told_and_nothing_stays(tokenizer: Any, small_disk: None) -> None:
-    with pytest.raises(LorakitError, match="cannot write tokens: File too large"):
+def test_a_full_disk_is_told_and_nothing_stays(tokenizer: Any) -> None:
+    with pytest.raises(LorakitError, match="cannot write tokens: File too large"), largest_file(4096):
         loaded(tokenizer)
     assert entries() == []
 
 
-def test_a_disk_that_is_full_at_the_end_is_told(small_disk: None) -> None:
+def test_a_disk_that_is_full_at_the_end_is_told() -> None:
     """The last bytes are written when the file is closed, and the note by commit()."""
     entry = cache.Entry("0" * 32)
     with entry.locked():
-        with pytest.raises(LorakitError, match="cannot write tokens"), entry.writing() as sink:
+        told = pytest.raises(LorakitError, match="cannot write tokens")
+        with told, ExitStack() as stack, entry.writing() as sink:
             sink.add(batch())
-            resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-        with pytest.raises(LorakitError, match="cannot write tokens"):
+            stack.enter_context(largest_file(0))
+        with pytest.raises(LorakitError, match="cannot write tokens"), largest_file(0):
             entry.commit({})
 
 
