@@ -57,6 +57,7 @@ def test_a_run_leaves_what_the_design_says(write_recipe, cli, tiny: Path, tmp_pa
         "resolved.yaml",
         "run.json",
         "metrics.jsonl",
+        "data.md",
         "params.json",
         "params.md",
         "adapter",
@@ -831,16 +832,16 @@ def test_a_loss_that_is_no_number(
 
     def poisoned(self, model, micro):
         loss = real(self, model, micro)
-        if not loss.requires_grad or len(micro.samples) > 4:  # an evaluation, or the trial before step 0
+        if not loss.requires_grad:  # an evaluation
             return loss
         steps.append(micro.samples)
-        return loss * float("nan") if len(steps) == 3 else loss
+        return loss * float("nan") if len(steps) == 4 else loss  # the trial, and three steps
 
     monkeypatch.setattr(CausalLmTask, "loss_sum", poisoned)
     code, _, err = cli("train", recipe)
     assert code == 1
     assert "step 3: loss nan" in err
-    for sample in steps[2]:
+    for sample in steps[3]:
         assert f"train.jsonl:{sample + 1}" in err
     assert "Traceback" not in err
     run = tmp_path / "run"
