@@ -16,6 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from lorakit.data import cache
@@ -188,8 +189,9 @@ def hold_out(rows: Loaded, share: float, seed: int) -> tuple[Loaded, Loaded]:
             f"data.eval: {share:g} of {len(rows.tokens)} samples cannot be held out",
             "Equal samples stay together. Name a file of held-out rows, or leave data.eval out.",
         )
-    cut = int(held_out.column("cut").sum())
-    apart = Account(read=len(held_out), kept=len(held_out) - cut, truncated=cut)
+    begins = np.flatnonzero(held_out.begins_row)
+    cut = int(np.maximum.reduceat(held_out.column("cut"), begins).sum())  # rows of which a sample is cut
+    apart = Account(read=len(begins), kept=len(begins) - cut, truncated=cut)
     account = replace(
         rows.account,
         read=rows.account.read - apart.read,

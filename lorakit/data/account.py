@@ -100,11 +100,11 @@ class Account:
         if len(tokens.parts) != len(self.sources):  # a stream, whose samples are mixed
             self.sources = []
             return
-        found, file, row = [], tokens.places.file, tokens.places.row
+        found = []
         for source, part in zip(self.sources, tokens.parts, strict=True):
             span = slice(part.start, part.stop)
-            begins = (np.diff(file[span], prepend=-1) != 0) | (np.diff(row[span], prepend=-1) != 0)
-            numbers = {"kept": int(begins.sum()), "samples": part.stop - part.start}
+            kept = int(tokens.begins_row[span].sum())
+            numbers = {"kept": kept, "samples": part.stop - part.start}
             name = {"name": source["name"]}
             found.append({**name, **numbers, "weight": part.weight, "draws": part.num_draws})
         self.sources = found

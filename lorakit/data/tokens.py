@@ -154,6 +154,12 @@ class TokenData:
     def places(self) -> "Places":
         return Places(self.files, self.column("file"), self.column("row"))
 
+    @cached_property
+    def begins_row(self) -> np.ndarray:  # (S,) whether the sample is the first of its row
+        file, row = self.places.file, self.places.row
+        changes = (np.diff(file, prepend=-1) != 0) | (np.diff(row, prepend=-1) != 0)
+        return np.asarray(changes, dtype=bool)
+
     def select(self, chosen: np.ndarray) -> "TokenData":
         """The samples with these numbers, in ascending order."""
         bounds = [(np.searchsorted(chosen, (part.start, part.stop)), part.weight) for part in self.parts]
@@ -169,9 +175,10 @@ class TokenData:
     def split(self, share: float, seed: int) -> tuple["TokenData", "TokenData"]:
         """(training samples, held-out samples): about `share` of them, drawn by the seed.
 
-        Equal samples stay on one side: none that is scored is also trained on.
+        Equal samples stay on one side, and so do those of one row: none that is scored is also trained on.
         """
-        _, group = np.unique(self.column("hash"), return_inverse=True)
+        first = np.maximum.accumulate(np.where(self.begins_row, np.arange(len(self)), 0))  # of its row
+        _, group = np.unique(self.column("hash")[first], return_inverse=True)
         sizes = np.bincount(group)
         shuffled = np.random.Generator(np.random.PCG64([seed, 1])).permutation(len(sizes))
         wanted = min(max(1, round(share * len(self))), len(self) - 1)

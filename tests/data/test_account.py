@@ -682,3 +682,16 @@ def test_a_turn_that_is_not_to_be_trained_is_no_sample(tokenizer: Any) -> None:
 def test_each_turn_is_for_chats(tokenizer: Any) -> None:
     error = refusal(tokenizer, ['{"text": "1"}'], "each-turn")
     assert "each-turn does not fit data of format text" in error.message
+
+
+def test_the_samples_of_a_row_are_held_out_together_and_counted_as_one(tokenizer: Any) -> None:
+    """The second turn of a chat holds the first: on two sides, it would be scored after it was trained."""
+    lines = [turns(str(n), "3", str(n + 1), "44") for n in range(10, 30)]
+    found = loaded(qwen3(tokenizer), lines, "each-turn", max_length=14, on_long="truncate")
+    assert (found.account.read, found.account.truncated, len(found.tokens)) == (20, 20, 40)
+    train, held_out = data.hold_out(found, 0.25, 0)
+    assert not set(train.tokens.places) & set(held_out.tokens.places)
+    for part in (train, held_out):
+        rows = len(set(part.tokens.places))
+        assert (part.account.read, part.account.truncated, part.account.kept) == (rows, rows, 0)
+    assert held_out.account.read == 5
