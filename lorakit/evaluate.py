@@ -12,22 +12,21 @@ from lorakit.micro_batch import MicroBatch
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
-    loss_sum: Callable[[Any, MicroBatch], Tensor],
+    objective: nn.Module,
     micros: Iterable[MicroBatch],
     device: torch.device,
     autocast: Callable[[], AbstractContextManager[Any]],
     all_ranks_sum: Callable[[Tensor], Tensor],
 ) -> dict[str, float]:
-    """{"eval_loss": mean over the trained tokens of all ranks}. The model is left in the mode it was in."""
-    was_training = model.training
-    model.eval()
+    """{"eval_loss": mean over the trained tokens of all ranks}. `objective` is left in the mode it was in."""
+    was_training = objective.training
+    objective.eval()
     loss_total = torch.zeros((), dtype=torch.float64, device=device)
     num_targets = 0
     for micro in micros:
         with autocast():
-            loss_total += loss_sum(model, micro.to(device)).double()
+            loss_total += objective(micro.to(device)).double()
         num_targets += len(micro.targets)
-    model.train(was_training)
+    objective.train(was_training)
     total, count = all_ranks_sum(torch.stack([loss_total, loss_total.new_tensor(num_targets)])).tolist()
     return {"eval_loss": total / count}

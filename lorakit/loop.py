@@ -68,10 +68,9 @@ class Observer(Protocol):
 
 def run(
     *,
-    model: nn.Module,  # as wrapped for several processes, or plain
+    objective: nn.Module,  # micro-batch -> summed loss; plain, or wrapped for several processes
     adapter: Adapter,
     optimizer: torch.optim.Optimizer,
-    loss_sum: Callable[[Any, MicroBatch], Tensor],
     batch_at: Callable[[int], Step],
     lr_at: Callable[[int], float],
     evaluate: Callable[[], dict[str, float]] | None,
@@ -82,6 +81,7 @@ def run(
     seed: int,
     max_grad_norm: float | None,
     device: torch.device,
+    deferred: bool = False,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     rank: int = 0,
     num_ranks: int = 1,
@@ -90,11 +90,14 @@ def run(
 ) -> Outcome:
     """Train from `state.step` to `total_steps`; `state` is changed in place.
 
+    `deferred`: what a step computed is read while the next one is under way, so that a GPU never waits for
+    the host; for optimizers that leave out an update on the device, by `found_inf`.
     Raises: RunError when a loss or gradient is not finite; the update of that step is not applied.
     """
     parameters = [item.parameter for item in adapter.trained()]
     clock = Clock(state)
-    model.train()
+    last_sums: Sums | None = None
+    objective.train()
 
     def evaluate_now() -> None:
         if evaluate is None:
@@ -118,9 +121,9 @@ def run(
         for index, micro in enumerate(batch.micros):
             last = index == len(batch.micros) - 1
             torch.manual_seed(draw(seed, step, index, rank))
-            with synchronised(model, last):
+            with synchronised(objective, last):
                 with autocast():
-                    loss = loss_sum(model, micro.to(device))
+                    loss = objective(micro.to(device))
                 (loss * (num_ranks / batch.num_targets)).backward()  # DDP averages over ranks
             losses.append(loss.detach())
         penalty = adapter.penalty()
@@ -128,14 +131,16 @@ def run(
             penalty.backward()
         adapter.before_step(step)
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        asked = torch.tensor(stop_requested(), dtype=torch.float64, device=device)
-        sums = torch.stack([torch.stack(losses).sum(dtype=torch.float64), asked])
-        loss_total, num_asked = all_ranks_sum(sums).tolist()
-        loss_mean, grad_norm = loss_total / batch.num_targets, norm.item()
-        if not (math.isfinite(loss_mean) and math.isfinite(grad_norm)):
-            raise NotFinite(step + 1, loss_mean, grad_norm, batch.micros, losses)
+        asked = torch.full((), stop_requested(), dtype=torch.float64, device=device)
+        totals = all_ranks_sum(torch.stack([torch.stack(losses).sum(dtype=torch.float64), asked]))
+        sums = Sums(step + 1, batch, losses, totals, norm)
+        told = last_sums if deferred and last_sums is not None else sums
+        told.read()
+        last_sums = sums
         if max_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
+        if deferred:
+            optimizer.found_inf = sums.found_inf()  # type: ignore[attr-defined]
         optimizer.step()
         adapter.after_step(step)
         optimizer.zero_grad(set_to_none=True)
@@ -144,15 +149,16 @@ def run(
         state.trained_tokens += batch.num_targets
         observer.stepped(state)
         if due(state.step, cadence.log, total_steps):
-            line = _training_line(state, loss_mean, lr, grad_norm, clock)
-            observer.metrics(line | adapter.measures())
+            observer.metrics(_training_line(state, *sums.read(), lr, clock) | adapter.measures())
         if due(state.step, cadence.evaluate, total_steps):
+            sums.read()
             evaluate_now()
-        if num_asked or exhausted(state, cadence) or due(state.step, cadence.checkpoint, total_steps):
+        if told.stop or exhausted(state, cadence) or due(state.step, cadence.checkpoint, total_steps):
+            sums.read()
             state.seconds = clock.total()
             with clock.paused():
                 observer.checkpoint(state)
-        if num_asked and state.step < total_steps:
+        if told.stop and state.step < total_steps:
             return "interrupted"
     return "stopped early" if exhausted(state, cadence) and state.step < total_steps else "finished"
 
@@ -171,6 +177,33 @@ class NotFinite(RunError):
         self.samples = [sample for micro, loss in pairs if not loss.isfinite() for sample in micro.samples]
 
 
+@dataclass
+class Sums:
+    """What a step computed, on the device until it is read."""
+
+    step: int  # from 1
+    batch: Step
+    losses: Sequence[Tensor]  # of this rank's micro-batches
+    totals: Tensor  # (2,) fp64: loss over all ranks, ranks that were asked to stop
+    norm: Tensor  # of the gradient
+    numbers: tuple[float, float] | None = None  # once read
+    stop: bool = False  # once read
+
+    def read(self) -> tuple[float, float]:
+        """(mean loss per trained token, norm of the gradient). Raises: NotFinite."""
+        if self.numbers is None:
+            loss_total, num_asked, norm = torch.stack([*self.totals, self.norm.double()]).tolist()
+            loss = loss_total / self.batch.num_targets
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise NotFinite(self.step, loss, norm, self.batch.micros, self.losses)
+            self.numbers, self.stop = (loss, norm), num_asked > 0
+        return self.numbers
+
+    def found_inf(self) -> Tensor:
+        """One where loss or gradient are no numbers, else zero; nobody waits for it."""
+        return (~(self.totals[0].isfinite() & self.norm.isfinite())).float()
+
+
 def draw(seed: int, step: int, index: int, rank: int) -> int:
     """A seed of its own for every micro-batch of the run: a mix of four numbers (splitmix64's finaliser)."""
     value = seed
@@ -182,9 +215,10 @@ def draw(seed: int, step: int, index: int, rank: int) -> int:
     return value >> 1  # torch takes a signed 64-bit seed
 
 
-def synchronised(model: nn.Module, last: bool) -> AbstractContextManager[Any]:
+def synchronised(objective: nn.Module, last: bool) -> AbstractContextManager[Any]:
     """Gradients are exchanged between ranks in the backward pass of the last micro-batch only."""
-    return nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync()  # type: ignore[operator]
+    exchanged = last or not hasattr(objective, "no_sync")
+    return nullcontext() if exchanged else objective.no_sync()  # type: ignore[operator]
 
 
 def due(step: int, every: int, total_steps: int) -> bool:
@@ -219,7 +253,7 @@ def exhausted(state: TrainState, cadence: Cadence) -> bool:
 
 
 def _training_line(
-    state: TrainState, loss: float, lr: float, grad_norm: float, clock: "Clock"
+    state: TrainState, loss: float, grad_norm: float, lr: float, clock: "Clock"
 ) -> dict[str, Any]:
     return {
         "step": state.step,

@@ -11,13 +11,15 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from lorakit import base_model, data, model_files, report, tasks
+from lorakit import base_model, data, fast, model_files, report, tasks
 from lorakit.adapters import Adapter, attach
 from lorakit.base_model import Base
-from lorakit.data.batches import Batches, StreamBatches, heaviest
+from lorakit.data.batches import Batches, StreamBatches, first_tokens, heaviest
 from lorakit.data.render import check_tokenizer
+from lorakit.data.tokens import TokenData
 from lorakit.devices import agree, autocast_for, describe, hardware_of, peak_bytes
 from lorakit.errors import RecipeError
+from lorakit.fast import FastPaths
 from lorakit.kernels import attention
 from lorakit.layers import dimensions, num_parameters, whole_modules
 from lorakit.plan import (
@@ -34,6 +36,7 @@ from lorakit.plan import (
 )
 from lorakit.recipe import Recipe
 from lorakit.targets import Target
+from lorakit.tasks import Objective
 from lorakit.terminal import say
 from lorakit.tokenizer import load_tokenizer
 
@@ -45,9 +48,9 @@ class Prepared:
     tokenizer: Any
     rows: data.Loaded
     held_out: data.Loaded | None
-    task: tasks.Task
     base: Base
     adapter: Adapter
+    objective: Objective
     autocast: Callable[[], AbstractContextManager[Any]]
     plan: Plan
     params: dict[str, Any]  # the content of params.json
@@ -78,10 +81,11 @@ def prepare(recipe: Recipe, record: dict[str, Any], ranks: Accelerator) -> Prepa
         layout = choose_layout(recipe, precision, longest, shape, hardware, isolated)
         decisions = agree(ranks, decisions | choose_data(recipe, rows.format, rows.why) | layout)
     settle(base.model, decisions, ranks.device)
+    objective = Objective(base.model, tasks.build(recipe.task))
+    paths, decisions = fast_paths(recipe, objective, adapter, rows.tokens, autocast, decisions, ranks)
     plan = make_plan(recipe, 0 if rows.stream else rows.tokens.num_draws, decisions)
     params = report.parameters(adapter, num_base)
-    task = tasks.build(recipe.task)
-    ready = Prepared(tokenizer, rows, held_out, task, base, adapter, autocast, plan, params)
+    ready = Prepared(tokenizer, rows, held_out, base, adapter, objective, paths.autocast, plan, params)
     try_heaviest(ready, recipe, ranks.device)
     return ready
 
@@ -136,10 +140,10 @@ def try_heaviest(ready: Prepared, recipe: Recipe, device: torch.device) -> None:
         num_targets = lengths - 1
     ids, budget = tokens.sample(0)[0], plan["training.micro_batch_tokens"]
     micros = heaviest(lengths, num_targets, ids, budget, batch_size, plan["data.packing"])
-    ready.base.model.train()
+    ready.objective.train()
     for micro in micros:
         with ready.autocast():
-            loss = ready.task.loss_sum(ready.base.model, micro.to(device))
+            loss = ready.objective(micro.to(device))
         loss.backward()
         for item in ready.adapter.trained():
             item.parameter.grad = None
@@ -221,6 +225,27 @@ def settle(model: Any, decisions: Decisions, device: torch.device) -> None:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if decisions["training.deterministic"].value and device.type == "cuda":
         torch.use_deterministic_algorithms(True)
+
+
+def fast_paths(
+    recipe: Recipe,
+    objective: Objective,
+    adapter: Adapter,
+    tokens: TokenData,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    decisions: Decisions,
+    ranks: Accelerator,
+) -> tuple[FastPaths, Decisions]:
+    """(the switches, set as decided; the decisions with the verdict on every fast path)."""
+    micro = first_tokens(tokens, fast.NUM_TOKENS, decisions["data.packing"].value).to(ranks.device)
+    paths = FastPaths(objective, adapter, micro, autocast)
+    if not any(name in decisions for name in fast.PATHS):
+        verdicts = {name: Decision(False, "as the recipe says") for name in fast.PATHS}
+        if recipe.training.fast == "auto":
+            verdicts = fast.choose(paths, adapter, micro, decisions["training.precision"].value)
+        decisions = agree(ranks, decisions | verdicts)
+    paths.switch([name for name in fast.PATHS if name in decisions and decisions[name].value])
+    return paths, decisions
 
 
 def facts_of(ready: Prepared, ranks: Accelerator) -> dict[str, Any]:

@@ -322,8 +322,7 @@ def _score(opened: Opened, held_out: HeldOut, what: str) -> Score:
     )
     total = sum(1 for _ in batches.every_sample())
     loss = evaluate(
-        opened.base.model,
-        held_out.task.loss_sum,
+        tasks.Objective(opened.base.model, held_out.task),
         track(batches.every_sample(), f"loss of {what}", total=total),
         opened.device,
         opened.autocast,

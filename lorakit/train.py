@@ -111,8 +111,7 @@ def _train(
     def held_out_loss() -> dict[str, float]:
         assert held_out is not None
         micros = held_out.every_sample()
-        loss_sum = ready.task.loss_sum
-        return evaluate(ready.base.model, loss_sum, micros, ranks.device, ready.autocast, all_ranks_sum)
+        return evaluate(ready.objective, micros, ranks.device, ready.autocast, all_ranks_sum)
 
     writer = Writer(
         run=run,
@@ -131,10 +130,9 @@ def _train(
     with writer.shown(state):
         try:
             outcome = loop.run(
-                model=ranks.prepare(ready.base.model),
+                objective=ranks.prepare(ready.objective),
                 adapter=adapter,
                 optimizer=optimizer,
-                loss_sum=ready.task.loss_sum,
                 batch_at=batches.at,
                 lr_at=lr_at,
                 evaluate=held_out_loss if held_out else None,
@@ -151,6 +149,7 @@ def _train(
                 seed=recipe.training.seed,
                 max_grad_norm=recipe.optimizer.max_grad_norm,
                 device=ranks.device,
+                deferred=ranks.device.type == "cuda",
                 autocast=ready.autocast,
                 rank=ranks.process_index,
                 num_ranks=ranks.num_processes,

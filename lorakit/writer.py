@@ -114,7 +114,8 @@ def begin(
     )
     if recipe.file.is_file() and not (run.path / "recipe.yaml").exists():
         run.write("recipe.yaml", recipe.file.read_text())
-    run.write("resolved.yaml", dump(recipe, {name: d.value for name, d in plan.decisions.items()}))
+    fields = {name: d.value for name, d in plan.decisions.items() if not name.startswith("fast.")}
+    run.write("resolved.yaml", dump(recipe, fields))
     run.write("data.md", report.account_markdown(account))
     run.write("params.json", report.as_json(params))
     run.write("params.md", report.parameters_markdown(params))

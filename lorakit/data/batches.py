@@ -141,6 +141,21 @@ def step_of(
     )
 
 
+def first_tokens(data: TokenData, num_tokens: int, packing: bool) -> MicroBatch:
+    """The first samples, cut at `num_tokens` tokens together, every token of them trained but the first."""
+    entries: list[Entry] = []
+    for index in range(len(data)):
+        ids = data.sample(index)[0][:num_tokens]
+        if len(ids) > 1:
+            weights = np.ones(len(ids), np.uint8)
+            weights[0] = 0
+            entries.append(Entry(ids, weights))
+            num_tokens -= len(ids)
+        if num_tokens < 2:
+            break
+    return collate(range(len(entries)), TokenData.of([as_batch(entries)], ["the first rows"]), packing)
+
+
 def heaviest(
     lengths: np.ndarray, num_targets: np.ndarray, ids: np.ndarray, budget: int, batch_size: int, packing: bool
 ) -> list[MicroBatch]:

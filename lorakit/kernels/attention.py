@@ -5,21 +5,25 @@ keyword arguments of the model's forward to it: `document_lengths` (a tuple of i
 documents end. Each document is attended to alone, so that no T x T mask exists and nothing can leak. The
 plain twin is the model's own attention on each document by itself, in a batch of one.
 
-Two ways lead to the same numbers: PyTorch's variable-length kernel takes all documents at once (CUDA, 16
-bits), a loop over the documents does everything else. Which one is a pure function of what is asked and of
-the device, so that a run that continues computes as it began.
+Three ways lead to the same numbers: PyTorch's variable-length kernel takes all documents at once (CUDA, 16
+bits), plain matrix products (products.py) where they were measured to be faster, and a loop over the
+documents with PyTorch's fused attention does everything else. Which one is a pure function of what is asked,
+of the device and of what was registered, so that a run that continues computes as it began.
 
 Shapes: H query heads, K key heads, T tokens of the row, D head size, N documents.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
+
+from lorakit.kernels import Unsupported
+from lorakit.kernels.products import attend
 
 NAME = "lorakit_documents"
 _WATCHED = f"{NAME}_watched"
@@ -36,10 +40,6 @@ _HARMLESS = {
 _HARMLESS |= {"output_hidden_states", "return_dict", "token_type_ids", "head_mask", "output_router_logits"}
 
 
-class Unsupported(Exception):
-    """The model asks its attention for something that this function does not do."""
-
-
 def attention_by_document(
     module: nn.Module,
     query: Tensor,  # (1, H, T, D)
@@ -53,9 +53,11 @@ def attention_by_document(
     softcap: float | None = None,
     document_lengths: tuple[int, ...] | None = None,
     kernel: bool = True,
+    products: bool = False,
     **unknown: object,
 ) -> tuple[Tensor, None]:
-    """(1, T, H, D): causal attention within each document, by the loop alone where `kernel` is False.
+    """(1, T, H, D): causal attention within each document, by the loop alone where `kernel` is False,
+    by plain products where `products` is True and they do what is asked.
 
     Raises: Unsupported for what could change the result unnoticed (attention sinks, biases, caches, other
     masks).
@@ -70,6 +72,11 @@ def attention_by_document(
         if _varlen_works(query.device, dtype, shape, scaling, sliding_window is not None):
             query, key, value = (x.to(dtype) for x in (query, key, value))
             return _all_at_once(query, key, value, document_lengths, scaling, sliding_window), None
+    cut = sliding_window is not None and sliding_window < max(document_lengths)
+    if products and softcap is None and dropout == 0 and not cut:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        query, key, value = (x.to(dtype)[0] for x in (query, key, value))
+        return attend(query, key, value, document_lengths, scale)[None], None
     return _one_by_one(query, key, value, document_lengths, scaling, dropout, sliding_window, softcap), None
 
 
@@ -244,10 +251,10 @@ def _varlen_works(
 # The proof
 
 
-def register() -> None:
-    """Make NAME known to transformers. No mask function is registered with it, so that models build no
-    mask."""
-    AttentionInterface.register(NAME, attention_by_document)
+def register(products: bool = False) -> None:
+    """Make NAME known to transformers, by plain products or not. No mask function is registered with it, so
+    that models build no mask."""
+    AttentionInterface.register(NAME, partial(attention_by_document, products=products))
 
 
 @dataclass

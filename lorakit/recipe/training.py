@@ -34,6 +34,10 @@ class Training(Section):
     gradient_checkpointing: Literal["auto"] | bool = "auto"
     """Recompute activations in the backward pass instead of holding them. auto: only when they do not fit."""
 
+    fast: Literal["auto", "off"] = "auto"
+    """auto: every fast path that agrees with its plain twin on this model, which is tried before step 0. off:
+    the code of transformers, PEFT and PyTorch alone."""
+
     deterministic: Literal["auto"] | bool = "auto"
     """true: the same bits on every run on CUDA too, slower. auto: as fast as possible. CPUs always repeat."""
 

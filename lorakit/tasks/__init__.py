@@ -8,7 +8,7 @@ recipe/task.py, one line.
 from importlib import import_module
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 TASKS = {"causal-lm": "lorakit.tasks.causal_lm:CausalLmTask"}  # name -> module:class, imported on use
 
@@ -17,8 +17,28 @@ class Task(Protocol):
     model_class: str  # of transformers
 
     def loss_sum(self, model: Any, micro: Any) -> Tensor:
-        """A scalar: the loss summed over the targets of a micro-batch, zero and differentiable without
-        any."""
+        """A scalar: the loss summed over the targets of a micro-batch, zero and differentiable without any,
+        by the model's own forward pass."""
+
+    def fused_loss_sum(self, model: Any, micro: Any) -> Tensor:
+        """The same number by the fast path, for a model on which a guard has found it to be the same.
+
+        Raises: Unsupported with the reason, for a model or task that it is not written for.
+        """
+
+
+class Objective(nn.Module):
+    """The loss of a micro-batch as a module: what is differentiated, and what is wrapped for several
+    processes."""
+
+    def __init__(self, model: nn.Module, task: Task) -> None:
+        super().__init__()
+        self.model, self.task = model, task
+        self.fused = False
+
+    def forward(self, micro: Any) -> Tensor:
+        loss_sum = self.task.fused_loss_sum if self.fused else self.task.loss_sum
+        return loss_sum(self.model, micro)
 
 
 def build(section: Any) -> Task:

@@ -1,7 +1,7 @@
 """Next-token prediction: cross-entropy summed over the trained tokens, in fp32 or better.
 
 Only the positions whose next token is trained reach the output head: a packed row asks the model for those
-alone.
+alone, and the fused loss never makes their logits.
 """
 
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorakit.kernels import Unsupported, cross_entropy
 from lorakit.micro_batch import MicroBatch
 
 
@@ -17,17 +18,40 @@ class CausalLmTask:
 
     def loss_sum(self, model: Any, micro: MicroBatch) -> Tensor:
         """Sum over M targets of -log p(target | the tokens before it in its own document)."""
-        inputs: dict[str, Any] = {
-            "input_ids": micro.input_ids,
-            "position_ids": micro.position_ids,
-            "use_cache": False,
-        }
+        inputs = inputs_of(micro)
         if micro.document_lengths is not None:
-            logits = model(
-                **inputs, document_lengths=micro.document_lengths, logits_to_keep=micro.predictors
-            ).logits[0]  # (M, V)
+            logits = model(**inputs, logits_to_keep=micro.predictors).logits[0]  # (M, V)
         else:
-            full = model(**inputs, attention_mask=micro.attention_mask).logits  # (B, T, V)
+            full = model(**inputs).logits  # (B, T, V)
             logits = full.reshape(-1, full.shape[-1])[micro.predictors]  # (M, V)
         logits = logits if logits.dtype == torch.float64 else logits.float()
         return nn.functional.cross_entropy(logits, micro.targets, reduction="sum")
+
+    def fused_loss_sum(self, model: Any, micro: MicroBatch) -> Tensor:
+        """The same sum from the hidden states at the M predictors, without logits."""
+        head = model.get_output_embeddings()
+        head = getattr(head, "modules_to_save", {"default": head})["default"]  # PEFT's copy of a trained head
+        if type(head) is not nn.Linear:
+            raise Unsupported(f"the output head is a {type(head).__name__}")
+        hidden = model.get_decoder()(**inputs_of(micro)).last_hidden_state  # (B, T, H)
+        chosen = hidden.reshape(-1, hidden.shape[-1]).index_select(0, micro.predictors)  # (M, H)
+        scale, softcap = logit_transform(model.config)
+        return cross_entropy.summed(chosen, head.weight, micro.targets, head.bias, scale, softcap)
+
+
+def inputs_of(micro: MicroBatch) -> dict[str, Any]:
+    """What a decoder is called with."""
+    inputs = {"input_ids": micro.input_ids, "position_ids": micro.position_ids, "use_cache": False}
+    if micro.document_lengths is not None:
+        return inputs | {"document_lengths": micro.document_lengths}
+    return inputs | {"attention_mask": micro.attention_mask}
+
+
+def logit_transform(config: Any) -> tuple[float, float | None]:
+    """(factor, softcap) that a model applies to the output of its head, by the names under which
+    configurations of transformers hold them: Cohere and Falcon-H1 multiply, Granite divides, Gemma 2 bends. A
+    model that does something else is found out by comparing with its own forward pass."""
+    text = config.get_text_config()
+    factor = getattr(text, "logit_scale", None) or getattr(text, "lm_head_multiplier", None) or 1.0
+    divisor = getattr(text, "logits_scaling", None) or 1.0
+    return float(factor) / float(divisor), getattr(text, "final_logit_softcapping", None)

@@ -5,7 +5,6 @@ as DistributedDataParallel would average them. B starts at random where gradient
 would have none.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +23,7 @@ from lorakit.layers import layers_of
 from lorakit.recipe.adapter import Lora
 from lorakit.recipe.optimizer import AdamW
 from lorakit.targets import assign, select
+from lorakit.tasks import Objective
 from lorakit.tasks.causal_lm import CausalLmTask
 from tests.samples import made, whole
 
@@ -119,7 +119,7 @@ class Training:
     plan: Batches
     dropout: float = 0.0
     seed: int = 0  # of the loop alone: of the dropout masks
-    loss_sum: Callable[[Any, Any], Tensor] = field(default_factory=lambda: CausalLmTask().loss_sum)
+    task: CausalLmTask = field(default_factory=CausalLmTask)
     state: loop.TrainState = field(default_factory=loop.TrainState)
 
     def __post_init__(self) -> None:
@@ -138,10 +138,9 @@ class Training:
 
         self.adapter.before_step = keep_gradients
         outcome = loop.run(
-            model=self.model,
+            objective=Objective(self.model, self.task),
             adapter=self.adapter,
             optimizer=self.optimizer,
-            loss_sum=self.loss_sum,
             batch_at=self.plan.at,
             lr_at=lambda step: optim.lr_at(step, "constant", 1e-2, 3, 20),
             evaluate=None,
@@ -372,12 +371,13 @@ def test_every_step_micro_batch_and_rank_draws_masks_of_its_own() -> None:
 
     found: list[float] = []
 
-    def first_draw(model: Any, micro: Any) -> Tensor:
-        found.append(torch.rand(()).item())
-        return CausalLmTask().loss_sum(model, micro)
+    class FirstDraw(CausalLmTask):
+        def loss_sum(self, model: Any, micro: Any) -> Tensor:
+            found.append(torch.rand(()).item())
+            return super().loss_sum(model, micro)
 
     for rank in range(2):
         plan = batches(**PACKED_ROWS, rank=rank, num_ranks=2)
-        Training(plan, loss_sum=first_draw).run(3)
+        Training(plan, task=FirstDraw()).run(3)
     assert len(found) > 2 * 3
     assert len(set(found)) == len(found)

@@ -22,6 +22,7 @@ from lorakit.recipe.adapter import Lora
 from lorakit.recipe.optimizer import AdamW
 from lorakit.shapes import Layer
 from lorakit.targets import Target
+from lorakit.tasks import Objective
 from lorakit.tasks.causal_lm import CausalLmTask
 from tests.oracles import lora_by_hand
 from tests.samples import made
@@ -179,10 +180,9 @@ def drive(
         lr_ratio=settings.lr_ratio,
     )
     return loop.run(
-        model=toy,
+        objective=Objective(toy, CausalLmTask()),
         adapter=adapter,
         optimizer=optim.build(section, adapter.trained()),
-        loss_sum=CausalLmTask().loss_sum,
         batch_at=Batches(token_data(), BATCH_SIZE, SEED, **layout).at,
         lr_at=lambda step: optim.lr_at(step, "cosine", settings.lr, settings.warmup_steps, TOTAL_STEPS),
         evaluate=None,

@@ -1,0 +1,249 @@
+"""Adapted layers that read the same input as one function: y_i = x W_i^T + b_i + s_i (x A_i^T) B_i^T.
+
+All A of a group are stacked, so that x is read once for them (q, k and v; gate and up), and every update is
+added into the base layer's output in place. Backwards the gradients of all outputs meet in one buffer: dx =
+sum of dy_i W_i + (s_i dy_i B_i) A_i. Nothing is held but x and x A^T: activations are never copied to fp32,
+and a quantized weight is dequantized when it is read and dropped. A and B stay PEFT's fp32 parameters; they
+are rounded to the dtype of the products as autocast would, and their gradients come back in fp32.
+
+The layers stay PEFT's: only their `forward` is another one for as long as `switched_on` groups are not
+switched off, and it gives way to PEFT's own whenever it is asked for something else (a disabled or merged
+adapter, several adapters). The plain twin is that forward of PEFT.
+
+Shapes: N tokens of all rows, I in, O out, R rank.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from peft.tuners import adalora, lora
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers.pytorch_utils import Conv1D
+
+NAME = "default"  # of the adapter, as PEFT calls one that has no other name
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The layers
+
+
+def is_supported(layer: nn.Module) -> bool:
+    """Whether the fast forward computes what this PEFT layer computes: plain LoRA or AdaLoRA on a frozen
+    Linear, Conv1D or 4-bit layer."""
+    if not isinstance(layer, lora.Linear | lora.bnb.Linear4bit | adalora.SVDLinear | adalora.SVDLinear4bit):
+        return False
+    base = layer.base_layer
+    alone = list(layer.lora_A) == [NAME] and not getattr(layer, "lora_variant", {})
+    biased = not isinstance(layer, adalora.layer.AdaLoraLayer) and layer.lora_B[NAME].bias is not None
+    frozen = not any(parameter.requires_grad for parameter in base.parameters())
+    return alone and not biased and frozen and (type(base) in (nn.Linear, Conv1D) or _is_4bit(base))
+
+
+def _is_4bit(base: nn.Module) -> bool:
+    return type(base).__name__ == "Linear4bit" and getattr(base, "compute_dtype", None) is not None
+
+
+def dense(base: nn.Module, dtype: torch.dtype) -> Tensor:
+    """(O, I) the weight of a base layer in `dtype`."""
+    weight: Any = base.weight
+    if _is_4bit(base):
+        from bitsandbytes.functional import dequantize_4bit
+
+        weight = dequantize_4bit(weight.data, weight.quant_state)
+    found: Tensor = (weight.T if isinstance(base, Conv1D) else weight).detach().to(dtype)
+    return found
+
+
+def factors(layer: Any) -> tuple[Tensor, Tensor, float]:
+    """(A (R, I), B (O, R), scale): the update is scale * B A. AdaLoRA's singular values go into A."""
+    a, b = layer.lora_A[NAME], layer.lora_B[NAME]
+    if isinstance(layer, adalora.layer.AdaLoraLayer):
+        # As tensors: to read the divisor would make a GPU wait.
+        return a * (layer.lora_E[NAME] * (layer.scaling[NAME] / (layer.ranknum[NAME] + 1e-5))), b, 1.0
+    return a.weight, b.weight, layer.scaling[NAME]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Switching
+
+
+@dataclass(eq=False)
+class Group:
+    """Adapted layers that read the same tensor. The first that is called computes for all; the others find
+    their outputs waiting."""
+
+    layers: tuple[Any, ...]
+    source: tuple[Tensor, int, bool] | None = (
+        None  # what was read, its version, whether gradients were recorded
+    )
+    waiting: dict[int, Tensor] = field(default_factory=dict)
+
+    def switch_on(self) -> None:
+        for number, layer in enumerate(self.layers):
+            layer.forward = self._forward_of(number, layer)
+
+    def switch_off(self) -> None:
+        for layer in self.layers:
+            vars(layer).pop("forward", None)
+
+    def _forward_of(self, number: int, layer: Any) -> Callable[..., Tensor]:
+        plain = type(layer).forward
+
+        def forward(x: Tensor, *more: Any, **named: Any) -> Tensor:
+            # The version of what inference mode made cannot be told.
+            if more or named or x.is_inference() or not all(_is_active(layer) for layer in self.layers):
+                output: Tensor = plain(layer, x, *more, **named)
+                return output
+            now = (x._version, torch.is_grad_enabled())
+            if self.source is None or self.source[0] is not x or self.source[1:] != now:
+                self.waiting = {}
+            if number not in self.waiting:
+                self.waiting = dict(enumerate(outputs(self.layers, x)))
+            found = self.waiting.pop(number)
+            self.source = (x, *now) if self.waiting else None
+            return found
+
+        return forward
+
+
+def _is_active(layer: Any) -> bool:
+    return not layer.disable_adapters and not layer.merged and layer.active_adapters == [NAME]
+
+
+def groups_of(model: nn.Module, run: Callable[[], object]) -> list[Group]:
+    """The supported layers of a model in groups: those that are given the same tensor one after the other
+    while `run` runs the model. A layer that is not called then, or twice, is a group of its own."""
+    layers = [module for module in model.modules() if is_supported(module)]
+    read: list[tuple[nn.Module, Tensor]] = []
+    hooks = [
+        layer.register_forward_pre_hook(lambda module, given: read.append((module, given[0])))
+        for layer in layers
+    ]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    calls = [layer for layer, _ in read]
+    found: list[list[nn.Module]] = []
+    before: Tensor | None = None
+    for layer, x in read:
+        if calls.count(layer) > 1:
+            continue
+        if x is before:
+            found[-1].append(layer)
+        else:
+            found.append([layer])
+        before = x
+    grouped = {id(layer) for group in found for layer in group}
+    found += [[layer] for layer in layers if id(layer) not in grouped]
+    return [Group(tuple(group)) for group in found]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The function
+
+
+def outputs(layers: Sequence[Any], x: Tensor) -> tuple[Tensor, ...]:
+    """What each of `layers` gives for x (..., I): (..., O_i)."""
+    kind = x.device.type
+    dtype = x.dtype
+    if dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+    given = [factors(layer) for layer in layers]
+    dropouts = [layer.lora_dropout[NAME] for layer in layers]
+    rates = [float(d.p) if isinstance(d, nn.Dropout) and d.training else 0.0 for d in dropouts]
+    bases = tuple(layer.base_layer for layer in layers)
+    scales = tuple(scale for _, _, scale in given)
+    tensors = [tensor for a, b, _ in given for tensor in (a, b)]
+    with torch.autocast(kind, enabled=False):
+        found: tuple[Tensor, ...] = _Outputs.apply(  # type: ignore[no-untyped-call]
+            x.to(dtype), bases, scales, tuple(rates), *tensors
+        )
+    return found
+
+
+class _Outputs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bases: tuple[nn.Module, ...],
+        scales: tuple[float, ...],
+        rates: tuple[float, ...],
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        rows = x.reshape(-1, x.shape[-1])  # (N, I)
+        stacked = torch.cat(tensors[::2]).to(x.dtype)  # (sum of R, I)
+        scaled = [(b * s).to(x.dtype) for b, s in zip(tensors[1::2], scales, strict=True)]
+        ranks = [len(a) for a in tensors[::2]]
+        # Drawn as PEFT draws: one mask per layer, in the order of the layers.
+        kept = [torch.dropout(torch.ones_like(rows), rate, True) for rate in rates] if any(rates) else []
+        if kept:
+            down = torch.cat(
+                [(rows * m) @ a.T for m, a in zip(kept, stacked.split(ranks), strict=True)], dim=1
+            )
+        else:
+            down = rows @ stacked.T  # (N, sum of R)
+        found = []
+        for base, b, z in zip(bases, scaled, down.split(ranks, dim=1), strict=True):
+            weight, bias = dense(base, x.dtype), cast(Tensor | None, base.bias)
+            y = rows @ weight.T if bias is None else torch.addmm(bias.to(x.dtype), rows, weight.T)
+            found.append(y.addmm_(z, b.T).view(*x.shape[:-1], len(weight)))
+        ctx.save_for_backward(x, down, stacked, *scaled, *kept)
+        ctx.bases, ctx.scales, ctx.ranks = bases, scales, ranks
+        ctx.dtypes = [tensor.dtype for tensor in tensors]
+        ctx.set_materialize_grads(False)
+        return tuple(found)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, down, stacked, *others = ctx.saved_tensors
+        scaled, kept = others[: len(ctx.bases)], others[len(ctx.bases) :]
+        rows = x.reshape(-1, x.shape[-1])
+        exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+        grad_x: Tensor | None = None
+        back = torch.zeros_like(down) if None in grads else torch.empty_like(down)  # (N, sum of R)
+        of_b: list[Tensor | None] = []
+        parts = zip(
+            ctx.bases,
+            ctx.scales,
+            scaled,
+            grads,
+            down.split(ctx.ranks, 1),
+            back.split(ctx.ranks, 1),
+            strict=True,
+        )
+        for base, scale, b, grad, z, z_back in parts:
+            if grad is None:
+                of_b.append(None)
+                continue
+            g = grad.reshape(len(rows), grad.shape[-1])  # (N, O)
+            torch.mm(g, b, out=z_back)
+            of_b.append((g.T @ z).to(exact) * scale)
+            if ctx.needs_input_grad[0]:
+                weight = dense(base, x.dtype)
+                grad_x = g @ weight if grad_x is None else grad_x.addmm_(g, weight)
+        if kept:
+            of_a: list[Tensor | None] = []
+            for mask, a, z_back in zip(kept, stacked.split(ctx.ranks), back.split(ctx.ranks, 1), strict=True):
+                of_a.append((z_back.T @ (rows * mask)).to(exact))
+                if grad_x is not None:
+                    grad_x += (z_back @ a).mul_(mask)
+        else:
+            of_a = list((back.T @ rows).to(exact).split(ctx.ranks))
+            if grad_x is not None:
+                grad_x.addmm_(back, stacked)
+        of_a = [None if grad is None else a for a, grad in zip(of_a, grads, strict=True)]
+        pairs = (grad for pair in zip(of_a, of_b, strict=True) for grad in pair)
+        tensors = [None if grad is None else grad.to(t) for grad, t in zip(pairs, ctx.dtypes, strict=True)]
+        return (None if grad_x is None else grad_x.view_as(x), None, None, None, *tensors)
+
+
+def switch_off(groups: Iterable[Group]) -> None:
+    for group in groups:
+        group.switch_off()
