@@ -76,9 +76,7 @@ class Group:
     their outputs waiting."""
 
     layers: tuple[Any, ...]
-    source: tuple[Tensor, int, bool] | None = (
-        None  # what was read, its version, whether gradients were recorded
-    )
+    source: tuple[Tensor, int, bool] | None = None  # what was read, its version, whether with gradients
     waiting: dict[int, Tensor] = field(default_factory=dict)
 
     def switch_on(self) -> None:
@@ -192,7 +190,8 @@ class _Outputs(torch.autograd.Function):
         for base, b, z in zip(bases, scaled, down.split(ranks, dim=1), strict=True):
             weight, bias = dense(base, x.dtype), cast(Tensor | None, base.bias)
             y = rows @ weight.T if bias is None else torch.addmm(bias.to(x.dtype), rows, weight.T)
-            found.append(y.addmm_(z, b.T).view(*x.shape[:-1], len(weight)))
+            # Not a view, which a model could not change in place.
+            found.append(torch.ops.aten._unsafe_view(y.addmm_(z, b.T), [*x.shape[:-1], len(weight)]))
         ctx.save_for_backward(x, down, stacked, *scaled, *kept)
         ctx.bases, ctx.scales, ctx.ranks = bases, scales, ranks
         ctx.dtypes = [tensor.dtype for tensor in tensors]

@@ -1,19 +1,22 @@
 """Causal attention of documents by plain matrix products: what CPUs do faster than a fused kernel.
 
 On CPUs that multiply bf16 in hardware, PyTorch's fused attention spends most of its time outside of the
-products. Here a block of queries meets all keys before it in one product, which leaves out what is masked
-away whole; the backward pass has its gradients in closed form. Probabilities of short blocks are kept for it,
-those of long ones computed again: never is a T x T matrix held.
+products. Here documents of about the same length are attended to together, padded to the longest of them, and
+a block of queries meets all keys before it in one product, which leaves out what is masked away whole. The
+backward pass has its gradients in closed form. Probabilities of short documents are kept for it, those of
+long ones computed again: never is a T x T matrix held.
 
 With S = scale * Q K^T and P = softmax(S): dV = P^T dO; dS = P * (dO V^T - rowsum(P * dO V^T)); dQ = scale *
 dS K; dK = scale * dS^T Q. Source: Dao et al. 2022, arXiv 2205.14135, appendix B.2. The twin is
 scaled_dot_product_attention on each document by itself.
 
-Shapes: H query heads, K key heads, G = H / K, T tokens of the row, D head size, B queries of a block.
+Shapes: H query heads, K key heads, G = H / K, T tokens of the row, D head size, N documents of a bundle, L
+tokens of the longest of them, B queries of a block.
 """
 
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any
@@ -22,10 +25,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_BLOCK = (
-    256  # queries at once: long enough for the products, short enough to leave out half of a long document
-)
+_BLOCK = 256  # queries at once: long enough for the products, short enough to leave out what is masked
 _KEPT = 256  # tokens of a document up to which its probabilities are kept for the backward pass
+_ALIKE = 0.9  # shares a bundle: at least so long as the longest, or within 32 tokens of it
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
@@ -41,71 +43,135 @@ class _Attend(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float
     ) -> Tensor:
-        output = query.new_empty(query.shape[1], query.shape[0], value.shape[2])  # (T, H, D)
-        kept = []
-        for start, first, stop in _blocks(lengths):
-            p = _probabilities(query, key, start, first, stop, scale)
-            output[first:stop] = _heads(p @ value[:, start:stop], query.shape[0]).transpose(0, 1)
-            kept += [p] if stop - start <= _KEPT else []
-        ctx.save_for_backward(query, key, value, *kept)
+        bundles, back = _bundles(lengths, query.device)
+        outputs, held = [], []
+        for bundle in bundles:
+            q, k, v = (bundle.take(x, len(key)) for x in (query, key, value))
+            blocks = []
+            for first, stop in _blocks(bundle.length):
+                p = _probabilities(q[:, :, first:stop], k[:, 0, :stop], scale)
+                blocks.append((p @ v[:, 0, :stop]).view(len(q), -1, stop - first, v.shape[-1]))
+                held += [p] if bundle.length <= _KEPT else []
+            outputs.append(bundle.heads(torch.cat(blocks, dim=2) if len(blocks) > 1 else blocks[0]))
+            held += [q, k, v]
+        ctx.save_for_backward(*held)
         ctx.lengths, ctx.scale = lengths, scale
-        return output
+        return torch.cat(outputs, dim=1).transpose(0, 1).index_select(0, back)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, *kept = ctx.saved_tensors
-        grad_q = torch.empty_like(query)
-        grad_k, grad_v = torch.zeros_like(key), torch.zeros_like(value)
-        num_heads, num_keys = len(query), len(key)
-        for start, first, stop in _blocks(ctx.lengths):
-            short = stop - start <= _KEPT
-            p = kept.pop(0) if short else _probabilities(query, key, start, first, stop, ctx.scale)
-            g = _groups(grad[first:stop].transpose(0, 1), num_keys)  # (K, G * B, D)
-            q = _groups(query[:, first:stop], num_keys)
-            k, v = key[:, start:stop], value[:, start:stop]
-            ds = torch.ops.aten._softmax_backward_data(g @ v.mT, p, -1, p.dtype)
-            grad_q[:, first:stop] = _heads(ds @ k, num_heads).mul_(ctx.scale)
-            grad_v[:, start:stop] += p.mT @ g
-            grad_k[:, start:stop] += (ds.mT @ q).mul_(ctx.scale)
-        return grad_q, grad_k, grad_v, None, None
+        bundles, back = _bundles(ctx.lengths, grad.device)
+        held = list(ctx.saved_tensors)
+        grads: tuple[list[Tensor], ...] = ([], [], [])
+        for bundle in bundles:
+            blocks = list(_blocks(bundle.length))
+            kept = [held.pop(0) for _ in blocks] if bundle.length <= _KEPT else []
+            q, k, v = held.pop(0), held.pop(0), held.pop(0)
+            g = bundle.take(grad.transpose(0, 1), len(k) // bundle.number, padded_with_zeros=True)
+            grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+            for first, stop in blocks:
+                keys, values = k[:, 0, :stop], v[:, 0, :stop]
+                p = kept.pop(0) if kept else _probabilities(q[:, :, first:stop], keys, ctx.scale)
+                rows, sent = (x[:, :, first:stop].flatten(1, 2) for x in (q, g))  # (K * N, G * B, D)
+                ds = torch.ops.aten._softmax_backward_data(sent @ values.mT, p, -1, p.dtype).mul_(ctx.scale)
+                grad_q[:, :, first:stop] = (ds @ keys).view(len(q), -1, stop - first, q.shape[-1])
+                _gather(grad_v[:, 0], p.mT @ sent, first, stop)
+                _gather(grad_k[:, 0], ds.mT @ rows, first, stop)
+            for found, tensor in zip(grads, (grad_q, grad_k, grad_v), strict=True):
+                found.append(bundle.heads(tensor))
+        together = (torch.cat(found, dim=1).index_select(1, back) for found in grads)
+        return (*together, None, None)
 
 
-def _blocks(lengths: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
-    """(start of the document, first query, one after the last) of every block of queries."""
-    for end, length in zip(accumulate(lengths), lengths, strict=True):
-        start = end - length
-        for first in range(start, end, _BLOCK):
-            yield start, first, min(first + _BLOCK, end)
+def _blocks(length: int) -> Iterator[tuple[int, int]]:
+    """(first query, one after the last) of every block of queries."""
+    for first in range(0, length, _BLOCK):
+        yield first, min(first + _BLOCK, length)
 
 
-def _probabilities(query: Tensor, key: Tensor, start: int, first: int, stop: int, scale: float) -> Tensor:
-    """(K, G * B, stop - start): those of the queries from `first` to `stop` over the keys from `start` on."""
-    num_keys, num_seen = len(key), stop - start
-    q = _groups(query[:, first:stop], num_keys)
-    hidden = _hidden(stop - first, num_seen, query.dtype, query.device)
-    scores = torch.baddbmm(
-        hidden.repeat(q.shape[1] // (stop - first), 1), q, key[:, start:stop].mT, alpha=scale
-    )
-    return torch.softmax(scores, dim=-1)
+def _probabilities(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """(K * N, G * B, S) from (K * N, G, B, D) and (K * N, S, D): the queries are the last B of S tokens."""
+    hidden = _hidden(query.shape[2], key.shape[1], query.dtype, query.device)
+    if query.shape[1] > 1:
+        hidden = hidden.repeat(query.shape[1], 1)
+    return torch.softmax(torch.baddbmm(hidden, query.flatten(1, 2), key.mT, alpha=scale), dim=-1)
+
+
+def _gather(total: Tensor, part: Tensor, first: int, stop: int) -> None:
+    """Add a block's share of a gradient to the keys that earlier blocks have seen, and set the others."""
+    if first:
+        total[:, :first] += part[:, :first]
+    total[:, first:stop] = part[:, first:]
 
 
 @lru_cache(maxsize=64)
 def _hidden(num_queries: int, num_seen: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(B, num_seen): -inf where a key comes after the query, which stand at the end of the keys; else 0."""
+    """(B, S): -inf where a key comes after the query, else 0."""
     with torch.inference_mode(False):
         full = torch.full((num_queries, num_seen), -torch.inf, dtype=dtype, device=device)
         return full.triu_(num_seen - num_queries + 1)
 
 
-def _groups(heads: Tensor, num_keys: int) -> Tensor:
-    """(H, B, D) -> (K, G * B, D): the query heads of one key head side by side."""
-    return heads.reshape(num_keys, -1, heads.shape[-1])
+# ------------------------------------------------------------------------------------------------------------
+# Documents of about the same length
 
 
-def _heads(groups: Tensor, num_heads: int) -> Tensor:
-    """(K, G * B, D) -> (H, B, D)."""
-    return groups.view(num_heads, -1, groups.shape[-1])
+@dataclass(frozen=True)
+class Bundle:
+    number: int  # of documents
+    length: int  # of the longest
+    places: Tensor  # (N * L,) of their tokens in the row; behind a shorter document any
+    padding: Tensor  # those of the N * L that are none
+
+    def take(self, tensor: Tensor, num_keys: int, padded_with_zeros: bool = False) -> Tensor:
+        """(K * N, G, L, D) from (H, T, D), heads of one key head side by side; a copy.
+
+        What follows a shorter document comes after all of its tokens, so that no query of it sees it.
+        """
+        taken = tensor.index_select(1, self.places)  # (H, N * L, D)
+        if padded_with_zeros and len(self.padding):
+            taken.index_fill_(1, self.padding, 0.0)
+        split = taken.view(num_keys, -1, self.number, self.length, tensor.shape[-1])
+        return split.transpose(1, 2).reshape(num_keys * self.number, -1, self.length, tensor.shape[-1])
+
+    def heads(self, tensor: Tensor) -> Tensor:
+        """(H, N * L, D) from (K * N, G, L, D)."""
+        _, groups, length, size = tensor.shape
+        split = tensor.view(-1, self.number, groups, length, size).transpose(1, 2)
+        return split.reshape(-1, self.number * length, size)
+
+
+@lru_cache(maxsize=8)  # a step asks once for every layer, forwards and backwards
+def _bundles(lengths: tuple[int, ...], device: torch.device) -> tuple[list[Bundle], Tensor]:
+    """(the documents of a row in bundles; the place of each of its tokens in all bundles side by side)."""
+    starts = [end - length for end, length in zip(accumulate(lengths), lengths, strict=True)]
+    groups: list[list[int]] = []
+    for document in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        longest = lengths[groups[-1][0]] if groups else 0
+        if groups and lengths[document] >= min(_ALIKE * longest, longest - 32):
+            groups[-1].append(document)
+        else:
+            groups.append([document])
+    bundles, back, offset = [], [0] * sum(lengths), 0
+    for group in groups:
+        longest = lengths[group[0]]
+        places, padding = [], []
+        for document in group:
+            start, length = starts[document], lengths[document]
+            back[start : start + length] = range(offset + len(places), offset + len(places) + length)
+            padding += range(len(places) + length, len(places) + longest)
+            places += [*range(start, start + length), *[start] * (longest - length)]
+        bundles.append(
+            Bundle(
+                len(group),
+                longest,
+                torch.tensor(places, device=device),
+                torch.tensor(padding, dtype=torch.long, device=device),
+            )
+        )
+        offset += len(places)
+    return bundles, torch.tensor(back, device=device)
 
 
 # ------------------------------------------------------------------------------------------------------------
