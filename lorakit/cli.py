@@ -71,11 +71,9 @@ def train(
 ) -> None:
     """Train what a recipe says."""
     loaded = _load(recipe, set_, output)
-    from lorakit.startup import import_for, importing, without_bitsandbytes
+    from lorakit.startup import import_for
 
-    without_bitsandbytes(loaded)
-    with importing():
-        import_for(loaded)
+    import_for(loaded)
     from lorakit.train import train as run
 
     folder = run(loaded, resume, trust_remote_code)

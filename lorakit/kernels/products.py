@@ -156,7 +156,8 @@ def _bundles(lengths: tuple[int, ...], device: torch.device) -> tuple[list[Bundl
     bundles, back, offset = [], [0] * sum(lengths), 0
     for group in groups:
         longest = lengths[group[0]]
-        places, padding = [], []
+        places: list[int] = []
+        padding: list[int] = []
         for document in group:
             start, length = starts[document], lengths[document]
             back[start : start + length] = range(offset + len(places), offset + len(places) + length)
