@@ -6,7 +6,7 @@ Shapes: T tokens of a packed row, or B rows of T tokens when padded; M trained t
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,33 @@ class MicroBatch:
     targets: Tensor  # (M,) those next tokens
     samples: tuple[int, ...]  # indices of the samples, for messages
 
+    def widened(self, width: int) -> "MicroBatch":
+        """The same with rows of `width` tokens: a further document that nothing is trained on, or padding."""
+        before = self.input_ids.shape[1]
+        more = width - before
+        if more == 0:
+            return self
+
+        def wider(tensor: Tensor) -> Tensor:
+            return nn.functional.pad(tensor, (0, more))
+
+        lengths, positions = self.document_lengths, wider(self.position_ids)
+        if lengths is not None:
+            lengths = (*lengths, more)
+            positions[0, before:] = torch.arange(more, device=positions.device)
+        return replace(
+            self,
+            input_ids=wider(self.input_ids),
+            position_ids=positions,
+            document_lengths=lengths,
+            attention_mask=None if self.attention_mask is None else wider(self.attention_mask),
+            predictors=self.predictors + more * (self.predictors // before),
+        )
+
     def to(self, device: torch.device) -> "MicroBatch":
         def moved(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
+            # Only from pinned memory does a copy to a GPU not wait for what the GPU is doing.
+            return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
         return replace(
             self,

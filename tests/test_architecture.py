@@ -33,6 +33,7 @@ LEVELS = [
     {"writer"},
     {"prepare"},
     {"train"},
+    {"startup"},
     {"cli"},
     {"__main__"},
 ]

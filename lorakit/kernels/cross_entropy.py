@@ -12,8 +12,10 @@ Shapes: M trained tokens, H hidden size, V vocabulary.
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from lorakit.kernels import repeating
 
 _PIECE_BYTES = 64 * 2**20  # of logits at once: enough rows to keep the products busy, few enough for a cache
 _BLOCK_BYTES = 4 * 2**20  # of fp32 logits at once, on a CPU: what stays in its cache between two passes
@@ -61,6 +63,7 @@ class _Summed(torch.autograd.Function):
         b = None if bias is None else bias.to(dtype)
         exact = torch.float64 if dtype == torch.float64 else torch.float32
         num_rows = max(16, _PIECE_BYTES // (w.shape[0] * w.element_size()))
+        h = nn.functional.pad(h, (0, 0, 0, repeating(len(h)) - len(h)))  # rows of zeros, left out of the loss
         grad_h = torch.empty_like(h) if needs_hidden else None
         grad_w = torch.zeros_like(w, dtype=exact) if needs_weight else None
         grad_b = torch.zeros(w.shape[0], dtype=exact, device=w.device) if needs_bias else None
@@ -73,14 +76,17 @@ class _Summed(torch.autograd.Function):
                 torch.mm(h[rows], w.T, out=logits)
             else:
                 torch.addmm(b, h[rows], w.T, out=logits)
+            goals = targets[rows]
+            logits[len(goals) :] = 0
             # From here on `logits` holds the gradient of the loss with respect to the logits.
-            total += _loss_and_gradient_(logits, targets[rows], scale, softcap, exact)
+            total += _loss_and_gradient_(logits[: len(goals)], goals, scale, softcap, exact)
             if grad_h is not None:
                 torch.mm(logits, w, out=grad_h[rows])
             if grad_w is not None:
                 grad_w += logits.T @ h[rows]
             if grad_b is not None:
                 grad_b += logits.sum(0, dtype=exact)
+        grad_h = None if grad_h is None else grad_h[: len(targets)]
         ctx.save_for_backward(grad_h, grad_w, grad_b)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         return total
@@ -102,7 +108,7 @@ def _loss_and_gradient_(
 
     A block of rows at a time, in the same two buffers: what is small stays in the cache of a CPU.
     """
-    num_rows, width = logits.shape
+    num_rows, width = max(1, len(logits)), logits.shape[1]  # a piece may be all padding
     if logits.device.type == "cpu":
         num_rows = min(num_rows, max(4, _BLOCK_BYTES // (width * exact.itemsize)))
     wide, log_p = (torch.empty(num_rows, width, dtype=exact, device=logits.device) for _ in range(2))

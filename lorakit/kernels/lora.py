@@ -18,12 +18,19 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from peft.tuners import adalora, lora
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 NAME = "default"  # of the adapter, as PEFT calls one that has no other name
+
+# By name: the 4-bit classes exist only once bitsandbytes is imported, which takes seconds.
+_KINDS = {
+    ("peft.tuners.lora.layer", "Linear"),
+    ("peft.tuners.lora.bnb", "Linear4bit"),
+    ("peft.tuners.adalora.layer", "SVDLinear"),
+    ("peft.tuners.adalora.bnb", "SVDLinear4bit"),
+}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -33,11 +40,12 @@ NAME = "default"  # of the adapter, as PEFT calls one that has no other name
 def is_supported(layer: nn.Module) -> bool:
     """Whether the fast forward computes what this PEFT layer computes: plain LoRA or AdaLoRA on a frozen
     Linear, Conv1D or 4-bit layer."""
-    if not isinstance(layer, lora.Linear | lora.bnb.Linear4bit | adalora.SVDLinear | adalora.SVDLinear4bit):
+    if (type(layer).__module__, type(layer).__name__) not in _KINDS:
         return False
-    base = layer.base_layer
-    alone = list(layer.lora_A) == [NAME] and not getattr(layer, "lora_variant", {})
-    biased = not isinstance(layer, adalora.layer.AdaLoraLayer) and layer.lora_B[NAME].bias is not None
+    adapted: Any = layer
+    base = adapted.base_layer
+    alone = list(adapted.lora_A) == [NAME] and not getattr(layer, "lora_variant", {})
+    biased = not hasattr(layer, "lora_E") and adapted.lora_B[NAME].bias is not None
     frozen = not any(parameter.requires_grad for parameter in base.parameters())
     return alone and not biased and frozen and (type(base) in (nn.Linear, Conv1D) or _is_4bit(base))
 
@@ -60,7 +68,7 @@ def dense(base: nn.Module, dtype: torch.dtype) -> Tensor:
 def factors(layer: Any) -> tuple[Tensor, Tensor, float]:
     """(A (R, I), B (O, R), scale): the update is scale * B A. AdaLoRA's singular values go into A."""
     a, b = layer.lora_A[NAME], layer.lora_B[NAME]
-    if isinstance(layer, adalora.layer.AdaLoraLayer):
+    if hasattr(layer, "lora_E"):
         # As tensors: to read the divisor would make a GPU wait.
         return a * (layer.lora_E[NAME] * (layer.scaling[NAME] / (layer.ranknum[NAME] + 1e-5))), b, 1.0
     return a.weight, b.weight, layer.scaling[NAME]
@@ -76,7 +84,7 @@ class Group:
     their outputs waiting."""
 
     layers: tuple[Any, ...]
-    source: tuple[Tensor, int, bool] | None = None  # what was read, its version, whether with gradients
+    source: tuple[Any, ...] | None = None  # what was read, its version, the dtype, whether with gradients
     waiting: dict[int, Tensor] = field(default_factory=dict)
 
     def switch_on(self) -> None:
@@ -91,15 +99,16 @@ class Group:
         plain = type(layer).forward
 
         def forward(x: Tensor, *more: Any, **named: Any) -> Tensor:
-            # The version of what inference mode made cannot be told.
-            if more or named or x.is_inference() or not all(_is_active(layer) for layer in self.layers):
+            dtype = products_dtype(x)
+            asked_more = more or named or x.is_inference()  # whose version cannot be told
+            if asked_more or not all(_is_active(layer, dtype) for layer in self.layers):
                 output: Tensor = plain(layer, x, *more, **named)
                 return output
-            now = (x._version, torch.is_grad_enabled())
+            now = (x._version, dtype, torch.is_grad_enabled())
             if self.source is None or self.source[0] is not x or self.source[1:] != now:
                 self.waiting = {}
             if number not in self.waiting:
-                self.waiting = dict(enumerate(outputs(self.layers, x)))
+                self.waiting = dict(enumerate(outputs(self.layers, x, dtype)))
             found = self.waiting.pop(number)
             self.source = (x, *now) if self.waiting else None
             return found
@@ -107,8 +116,17 @@ class Group:
         return forward
 
 
-def _is_active(layer: Any) -> bool:
+def _is_active(layer: Any, dtype: torch.dtype) -> bool:
+    if _is_4bit(layer.base_layer) and layer.base_layer.compute_dtype != dtype:
+        return False  # the recipe says in what a quantized base is multiplied
     return not layer.disable_adapters and not layer.merged and layer.active_adapters == [NAME]
+
+
+def products_dtype(x: Tensor) -> torch.dtype:
+    """What products with x are computed in: that of autocast where it is on."""
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
 
 
 def groups_of(model: nn.Module, run: Callable[[], object]) -> list[Group]:
@@ -116,10 +134,12 @@ def groups_of(model: nn.Module, run: Callable[[], object]) -> list[Group]:
     while `run` runs the model. A layer that is not called then, or twice, is a group of its own."""
     layers = [module for module in model.modules() if is_supported(module)]
     read: list[tuple[nn.Module, Tensor]] = []
-    hooks = [
-        layer.register_forward_pre_hook(lambda module, given: read.append((module, given[0])))
-        for layer in layers
-    ]
+
+    def note(module: nn.Module, given: tuple[Any, ...]) -> None:
+        if given:  # else by keyword, which PEFT's own forward takes
+            read.append((module, given[0]))
+
+    hooks = [layer.register_forward_pre_hook(note) for layer in layers]
     try:
         run()
     finally:
@@ -145,19 +165,15 @@ def groups_of(model: nn.Module, run: Callable[[], object]) -> list[Group]:
 # The function
 
 
-def outputs(layers: Sequence[Any], x: Tensor) -> tuple[Tensor, ...]:
-    """What each of `layers` gives for x (..., I): (..., O_i)."""
-    kind = x.device.type
-    dtype = x.dtype
-    if dtype != torch.float64 and torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
+def outputs(layers: Sequence[Any], x: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """What each of `layers` gives for x (..., I), with products in `dtype`: (..., O_i)."""
     given = [factors(layer) for layer in layers]
     dropouts = [layer.lora_dropout[NAME] for layer in layers]
     rates = [float(d.p) if isinstance(d, nn.Dropout) and d.training else 0.0 for d in dropouts]
     bases = tuple(layer.base_layer for layer in layers)
     scales = tuple(scale for _, _, scale in given)
     tensors = [tensor for a, b, _ in given for tensor in (a, b)]
-    with torch.autocast(kind, enabled=False):
+    with torch.autocast(x.device.type, enabled=False):
         found: tuple[Tensor, ...] = _Outputs.apply(  # type: ignore[no-untyped-call]
             x.to(dtype), bases, scales, tuple(rates), *tensors
         )
@@ -175,11 +191,14 @@ class _Outputs(torch.autograd.Function):
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         rows = x.reshape(-1, x.shape[-1])  # (N, I)
-        stacked = torch.cat(tensors[::2]).to(x.dtype)  # (sum of R, I)
+        raised = [1.0 / (1.0 - rate) for rate in rates]  # what dropout keeps; in A, not in bf16 masks
+        wide = [a if f == 1.0 else a * f for a, f in zip(tensors[::2], raised, strict=True)]
+        stacked = torch.cat(wide).to(x.dtype)  # (sum of R, I)
         scaled = [(b * s).to(x.dtype) for b, s in zip(tensors[1::2], scales, strict=True)]
         ranks = [len(a) for a in tensors[::2]]
         # Drawn as PEFT draws: one mask per layer, in the order of the layers.
-        kept = [torch.dropout(torch.ones_like(rows), rate, True) for rate in rates] if any(rates) else []
+        ones = torch.ones_like(rows) if any(rates) else rows
+        kept = [torch.dropout(ones, rate, True).bool() for rate in rates] if any(rates) else []
         if kept:
             down = torch.cat(
                 [(rows * m) @ a.T for m, a in zip(kept, stacked.split(ranks), strict=True)], dim=1
@@ -193,7 +212,7 @@ class _Outputs(torch.autograd.Function):
             # Not a view, which a model could not change in place.
             found.append(torch.ops.aten._unsafe_view(y.addmm_(z, b.T), [*x.shape[:-1], len(weight)]))
         ctx.save_for_backward(x, down, stacked, *scaled, *kept)
-        ctx.bases, ctx.scales, ctx.ranks = bases, scales, ranks
+        ctx.bases, ctx.scales, ctx.ranks, ctx.raised = bases, scales, ranks, raised
         ctx.dtypes = [tensor.dtype for tensor in tensors]
         ctx.set_materialize_grads(False)
         return tuple(found)
@@ -229,8 +248,9 @@ class _Outputs(torch.autograd.Function):
                 grad_x = g @ weight if grad_x is None else grad_x.addmm_(g, weight)
         if kept:
             of_a: list[Tensor | None] = []
-            for mask, a, z_back in zip(kept, stacked.split(ctx.ranks), back.split(ctx.ranks, 1), strict=True):
-                of_a.append((z_back.T @ (rows * mask)).to(exact))
+            split = stacked.split(ctx.ranks), back.split(ctx.ranks, 1)
+            for mask, factor, a, z_back in zip(kept, ctx.raised, *split, strict=True):
+                of_a.append((z_back.T @ (rows * mask)).to(exact) * factor)
                 if grad_x is not None:
                     grad_x += (z_back @ a).mul_(mask)
         else:

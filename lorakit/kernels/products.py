@@ -1,9 +1,9 @@
 """Causal attention of documents by plain matrix products: what CPUs do faster than a fused kernel.
 
 On CPUs that multiply bf16 in hardware, PyTorch's fused attention spends most of its time outside of the
-products. Here documents of about the same length are attended to together, padded to the longest of them, and
-a block of queries meets all keys before it in one product, which leaves out what is masked away whole. The
-backward pass has its gradients in closed form. Probabilities of short documents are kept for it, those of
+products. Here documents of about the same length are attended to together, padded to a length that repeats,
+and a block of queries meets all keys before it in one product, which leaves out what is masked away whole.
+The backward pass has its gradients in closed form. Probabilities of short documents are kept for it, those of
 long ones computed again: never is a T x T matrix held.
 
 With S = scale * Q K^T and P = softmax(S): dV = P^T dO; dS = P * (dO V^T - rowsum(P * dO V^T)); dQ = scale *
@@ -11,7 +11,7 @@ dS K; dK = scale * dS^T Q. Source: Dao et al. 2022, arXiv 2205.14135, appendix B
 scaled_dot_product_attention on each document by itself.
 
 Shapes: H query heads, K key heads, G = H / K, T tokens of the row, D head size, N documents of a bundle, L
-tokens of the longest of them, B queries of a block.
+tokens that each is padded to, B queries of a block.
 """
 
 import time
@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from lorakit.kernels import repeating
 
 _BLOCK = 256  # queries at once: long enough for the products, short enough to leave out what is masked
 _KEPT = 256  # tokens of a document up to which its probabilities are kept for the backward pass
@@ -92,10 +94,15 @@ def _blocks(length: int) -> Iterator[tuple[int, int]]:
 
 def _probabilities(query: Tensor, key: Tensor, scale: float) -> Tensor:
     """(K * N, G * B, S) from (K * N, G, B, D) and (K * N, S, D): the queries are the last B of S tokens."""
-    hidden = _hidden(query.shape[2], key.shape[1], query.dtype, query.device)
-    if query.shape[1] > 1:
-        hidden = hidden.repeat(query.shape[1], 1)
-    return torch.softmax(torch.baddbmm(hidden, query.flatten(1, 2), key.mT, alpha=scale), dim=-1)
+    groups, size = query.shape[1:3]
+    hidden = _hidden(size, query.dtype, query.device)
+    if groups == 1 and size == key.shape[1]:
+        scores = torch.baddbmm(hidden, query[:, 0], key.mT, alpha=scale)
+    else:
+        none = hidden.new_zeros(1, 1, 1)
+        scores = torch.baddbmm(none, query.flatten(1, 2), key.mT, beta=0, alpha=scale)
+        scores.view(len(query), groups, size, -1)[..., -size:] += hidden
+    return torch.softmax(scores, dim=-1)
 
 
 def _gather(total: Tensor, part: Tensor, first: int, stop: int) -> None:
@@ -106,11 +113,10 @@ def _gather(total: Tensor, part: Tensor, first: int, stop: int) -> None:
 
 
 @lru_cache(maxsize=64)
-def _hidden(num_queries: int, num_seen: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(B, S): -inf where a key comes after the query, else 0."""
+def _hidden(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(B, B): -inf where a key comes after the query, else 0."""
     with torch.inference_mode(False):
-        full = torch.full((num_queries, num_seen), -torch.inf, dtype=dtype, device=device)
-        return full.triu_(num_seen - num_queries + 1)
+        return torch.full((size, size), -torch.inf, dtype=dtype, device=device).triu_(1)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -120,7 +126,7 @@ def _hidden(num_queries: int, num_seen: int, dtype: torch.dtype, device: torch.d
 @dataclass(frozen=True)
 class Bundle:
     number: int  # of documents
-    length: int  # of the longest
+    length: int  # of the longest, rounded up
     places: Tensor  # (N * L,) of their tokens in the row; behind a shorter document any
     padding: Tensor  # those of the N * L that are none
 
@@ -155,7 +161,7 @@ def _bundles(lengths: tuple[int, ...], device: torch.device) -> tuple[list[Bundl
             groups.append([document])
     bundles, back, offset = [], [0] * sum(lengths), 0
     for group in groups:
-        longest = lengths[group[0]]
+        longest = repeating(lengths[group[0]], per_octave=4)
         places: list[int] = []
         padding: list[int] = []
         for document in group:

@@ -10,17 +10,20 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from lorakit.kernels import repeating
+from lorakit.micro_batch import MicroBatch
+
 TASKS = {"causal-lm": "lorakit.tasks.causal_lm:CausalLmTask"}  # name -> module:class, imported on use
 
 
 class Task(Protocol):
     model_class: str  # of transformers
 
-    def loss_sum(self, model: Any, micro: Any) -> Tensor:
+    def loss_sum(self, model: Any, micro: MicroBatch) -> Tensor:
         """A scalar: the loss summed over the targets of a micro-batch, zero and differentiable without any,
         by the model's own forward pass."""
 
-    def fused_loss_sum(self, model: Any, micro: Any) -> Tensor:
+    def fused_loss_sum(self, model: Any, micro: MicroBatch) -> Tensor:
         """The same number by the fast path, for a model on which a guard has found it to be the same.
 
         Raises: Unsupported with the reason, for a model or task that it is not written for.
@@ -35,8 +38,11 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.task = model, task
         self.fused = False
+        self.repeats_shapes = False
 
-    def forward(self, micro: Any) -> Tensor:
+    def forward(self, micro: MicroBatch) -> Tensor:
+        if self.repeats_shapes:
+            micro = micro.widened(repeating(micro.input_ids.shape[1]))
         loss_sum = self.task.fused_loss_sum if self.fused else self.task.loss_sum
         return loss_sum(self.model, micro)
 
