@@ -71,12 +71,9 @@ def train(
 ) -> None:
     """Train what a recipe says."""
     loaded = _load(recipe, set_, output)
-    from lorakit.startup import import_for
+    from lorakit.startup import trainer
 
-    import_for(loaded)
-    from lorakit.train import train as run
-
-    folder = run(loaded, resume, trust_remote_code)
+    folder = trainer(loaded).train(loaded, resume, trust_remote_code)
     if speaks():
         from lorakit.report import summary
 

@@ -61,6 +61,9 @@ class FastPaths:
         self.model: Any = objective.model
         self.is_packed = micro.document_lengths is not None
 
+        with autocast():
+            self.in_bf16 = torch.is_autocast_enabled(micro.input_ids.device.type)
+
         def run() -> None:
             with torch.no_grad(), autocast():
                 objective(micro)
@@ -78,7 +81,7 @@ class FastPaths:
             "fast.loss": True,
             "fast.lora": self.groups,
             "fast.norm": self.norms,
-            "fast.attention": on_cpu and self.is_packed,
+            "fast.attention": on_cpu and self.is_packed and self.in_bf16,  # in fp32 the fused one is faster
         }
         return [name for name in PATHS if there[name]]
 
@@ -121,16 +124,21 @@ class Observed:
 def choose(paths: FastPaths, adapter: Adapter, micro: MicroBatch, precision: str) -> Decisions:
     """The verdict on every available path; the paths are left switched accordingly.
 
-    The parameters and the generators of random numbers are left as they were.
+    All together are what will run, and are compared first; one by one only to find what is wrong. The
+    parameters and the generators of random numbers are left as they were.
     """
-    limits, verdicts = LIMITS[precision], {}
+    limits, agreed = LIMITS[precision], paths.available()
     with _moved(adapter), _generators_kept(micro.input_ids.device):
         paths.switch(())
         expected = _observe(paths, adapter, micro)
-        for name in paths.available():
-            verdicts[name] = _compare(paths, [name], adapter, micro, expected, limits)
-        agreed = [name for name, verdict in verdicts.items() if verdict.value]
         together = _compare(paths, agreed, adapter, micro, expected, limits)
+        verdicts = dict.fromkeys(agreed, together)
+        if not together.value:
+            verdicts = {
+                name: _compare(paths, [name], adapter, micro, expected, limits) for name in paths.available()
+            }
+            agreed = [name for name, verdict in verdicts.items() if verdict.value]
+            together = _compare(paths, agreed, adapter, micro, expected, limits)
     if agreed and not together.value:
         verdicts |= {name: Decision(False, f"together: {together.why}") for name in agreed}
         agreed = []

@@ -10,18 +10,19 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from typing import Any
 
 from lorakit.recipe import Recipe
 
 
-def import_for(recipe: Recipe) -> None:
-    """Import all that a training by this recipe needs, in one go; later imports of it cost nothing."""
+def trainer(recipe: Recipe) -> Any:
+    """The module lorakit.train, with all that a training by this recipe needs imported in one go."""
     without_bitsandbytes(recipe)
     with importing():
         from lorakit.adapters import METHODS
 
         import_module(METHODS[recipe.adapter.method].partition(":")[0])
-        import_module("lorakit.train")
+        return import_module("lorakit.train")
 
 
 def without_bitsandbytes(recipe: Recipe) -> None:

@@ -131,8 +131,16 @@ def announce(
     say(f"adapter   {recipe.adapter.method}: {params['trainable']:,} trainable parameters ({percent})")
     names = sorted({module["name"].rsplit(".", 1)[-1] for module in params["modules"]})
     say(f"targets   {len(params['modules'])} modules: {', '.join(names)}")
+    taken = []
     for name, decision in plan.decisions.items():
-        say(f"auto      {name}: {decision.value} ({decision.why})")
+        if not name.startswith("fast."):
+            say(f"auto      {name}: {decision.value} ({decision.why})")
+        elif decision.value:
+            taken.append(name.removeprefix("fast."))
+    if taken:
+        say(f"fast      {', '.join(taken)}: as their plain twins on this model (run.json has numbers)")
+    elif recipe.training.fast == "off":
+        say("fast      off, as the recipe says")
     batch_size = recipe.training.batch_size
     uneven = "up to " if plan.num_samples % batch_size else ""
     if 0 < plan.num_samples < batch_size:

@@ -93,7 +93,7 @@ def test_a_process_that_has_torch_is_left_as_it_is(write_recipe) -> None:
     import bitsandbytes
 
     frozen = gc.get_freeze_count()
-    startup.import_for(load_recipe(write_recipe()))
+    startup.trainer(load_recipe(write_recipe()))
     assert sys.modules["bitsandbytes"] is bitsandbytes
     assert gc.isenabled()
     assert gc.get_freeze_count() == frozen

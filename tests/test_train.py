@@ -542,7 +542,7 @@ def test_a_run_killed_right_after_its_last_evaluation_does_not_train_on(
         training={"max_steps": 30, "batch_size": 4},
         optimizer={"lr": 1.0, "max_grad_norm": None},
         schedule={"name": "constant", "warmup": 0},
-        eval={"every": 1, "early_stopping": 2},
+        eval={"every": 1, "early_stopping": 1},
     )
     assert cli("train", recipe, "--output", tmp_path / "straight")[0] == 0
     from lorakit.writer import Writer
@@ -825,7 +825,6 @@ def test_a_loss_that_is_no_number(
 ) -> None:
     """Exit 1, the step and the rows are named, the adapter and the checkpoints of before are untouched."""
     data = {"train": str(tiny / "train.jsonl"), "eval": str(tiny / "eval.jsonl"), "max_length": 128}
-    recipe = write_recipe(data=data, eval={"every": 2}, checkpoint={"every": 2})
     from lorakit.tasks.causal_lm import CausalLmTask
 
     real, steps = CausalLmTask.loss_sum, []
@@ -838,6 +837,8 @@ def test_a_loss_that_is_no_number(
         return loss * float("nan") if len(steps) == 4 else loss  # the trial, and three steps
 
     monkeypatch.setattr(CausalLmTask, "loss_sum", poisoned)
+    training = {"max_steps": 4, "batch_size": 4, "fast": "off"}  # one loss to poison
+    recipe = write_recipe(data=data, eval={"every": 2}, checkpoint={"every": 2}, training=training)
     code, _, err = cli("train", recipe)
     assert code == 1
     assert "step 3: loss nan" in err

@@ -92,6 +92,7 @@ class Group:
             layer.forward = self._forward_of(number, layer)
 
     def switch_off(self) -> None:
+        self.source, self.waiting = None, {}
         for layer in self.layers:
             vars(layer).pop("forward", None)
 

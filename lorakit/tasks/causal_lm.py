@@ -32,7 +32,8 @@ class CausalLmTask:
         head = model.get_output_embeddings()
         head = getattr(head, "modules_to_save", {"default": head})["default"]  # PEFT's copy of a trained head
         if type(head) is not nn.Linear:
-            raise Unsupported(f"the output head is a {type(head).__name__}")
+            kind = "adapted" if hasattr(head, "base_layer") else f"a {type(head).__name__}"
+            raise Unsupported(f"the output head is {kind}")
         hidden = model.get_decoder()(**inputs_of(micro)).last_hidden_state  # (B, T, H)
         chosen = hidden.reshape(-1, hidden.shape[-1]).index_select(0, micro.predictors)  # (M, H)
         scale, softcap = logit_transform(model.config)
