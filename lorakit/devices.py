@@ -11,7 +11,12 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    broadcast_object_list,
+    gather_object,
+)
 
 from lorakit.errors import LorakitError
 from lorakit.plan import Decisions, Hardware
@@ -22,8 +27,10 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # malloc.h
 
 
 def start_ranks(folder: Path, deterministic: bool, trackers: tuple[str, ...]) -> Accelerator:
-    """Devices and processes, under torchrun or alone. Accumulation, schedule and data order are ours."""
-    keep_freed_memory()
+    """Devices and processes, under torchrun or alone. Accumulation, schedule and data order are ours.
+
+    On a CPU this process keeps the memory that it frees from here on.
+    """
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     wrapping = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -36,6 +43,8 @@ def start_ranks(folder: Path, deterministic: bool, trackers: tuple[str, ...]) ->
         project_dir=folder,
         kwargs_handlers=[wrapping],
     )
+    if ranks.device.type == "cpu":
+        keep_freed_memory()
     plain = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
     if ranks.distributed_type not in plain:
         raise LorakitError(
@@ -55,7 +64,7 @@ def keep_freed_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_MMAP_MAX, 0)  # no block of its own for what is large
-        mallopt(_TRIM_THRESHOLD, 2**31 - 1)  # nothing is given back
+        mallopt(_TRIM_THRESHOLD, -1)  # nothing is given back
         mallopt(_TOP_PAD, 64 * 2**20)  # grow in steps
 
 
@@ -122,6 +131,17 @@ def on_rank_0(ranks: Accelerator, act: Callable[[], Result]) -> Result | None:
     if outcome[0] is not None:
         raise outcome[0]
     return result
+
+
+def unanimous(ranks: Accelerator, verdicts: Decisions) -> Decisions:
+    """Yes where every rank says so; else the first no, on every rank."""
+    if ranks.num_processes == 1:
+        return verdicts
+    said: list[Decisions] = gather_object([verdicts])
+    return {
+        name: next((own[name] for own in said if not own[name].value), verdict)
+        for name, verdict in said[0].items()
+    }
 
 
 def agree(ranks: Accelerator, decisions: Decisions) -> Decisions:

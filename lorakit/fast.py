@@ -2,9 +2,10 @@
 
 The loss, the adapted layers, the norms and the attention of packed rows each have a fast path (kernels/),
 and the model's and PEFT's own code as its twin. On the first tokens of the data, loss and gradients of the
-adapter are computed plainly, then with each fast path alone, then with all that agreed. What disagrees beyond
-rounding is switched off, aloud, and the run goes on: a model that nobody has seen trains right, only slower.
-The verdicts are decisions of the run, read back when it is continued.
+adapter are computed plainly and with all fast paths together; where the two disagree, with each alone, and
+with those that agreed. What is off by more than rounding is switched off, aloud, and the run goes on: a model
+that nobody has seen trains right, only slower. The verdicts are decisions of the run, read back when it is
+continued. What no few tokens show is left to the tests: dropout, and a loss of more than one piece.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from lorakit.adapters import Adapter
 from lorakit.errors import out_of_memory
-from lorakit.kernels import attention, lora, norm
+from lorakit.kernels import attention, lora, norm, products
 from lorakit.micro_batch import MicroBatch
 from lorakit.plan import Decision, Decisions
 from lorakit.tasks import Objective
@@ -128,7 +129,7 @@ def choose(paths: FastPaths, adapter: Adapter, micro: MicroBatch, precision: str
     parameters and the generators of random numbers are left as they were.
     """
     limits, agreed = LIMITS[precision], paths.available()
-    with _moved(adapter), _generators_kept(micro.input_ids.device):
+    with _moved(adapter), _generators_kept(micro.input_ids.device), products.blocks_of(NUM_TOKENS // 5):
         paths.switch(())
         expected = _observe(paths, adapter, micro)
         together = _compare(paths, agreed, adapter, micro, expected, limits)

@@ -90,8 +90,8 @@ def run(
 ) -> Outcome:
     """Train from `state.step` to `total_steps`; `state` is changed in place.
 
-    `deferred`: what a step computed is read while the next one is under way, so that a GPU never waits for
-    the host; for optimizers that leave out an update on the device, by `found_inf`.
+    `deferred`: what a step computed is read while the next one is under way, so that neither waits for the
+    other; for optimizers that leave out an update on the device, by `found_inf`.
     Raises: RunError when a loss or gradient is not finite; the update of that step is not applied.
     """
     parameters = [item.parameter for item in adapter.trained()]
@@ -116,7 +116,7 @@ def run(
             return "stopped early"
         lr = lr_at(step)
         set_lr(optimizer, lr)
-        batch = batch_at(step)
+        batch = _next_batch(batch_at, step, last_sums)
         losses = []
         for index, micro in enumerate(batch.micros):
             last = index == len(batch.micros) - 1
@@ -179,7 +179,7 @@ class NotFinite(RunError):
 
 @dataclass
 class Sums:
-    """What a step computed, on the device until it is read."""
+    """What a step computed, on its way from the device until it is read."""
 
     step: int  # from 1
     batch: Step
@@ -189,10 +189,21 @@ class Sums:
     numbers: tuple[float, float] | None = None  # once read
     stop: bool = False  # once read
 
+    def __post_init__(self) -> None:
+        self.sent = torch.stack([*self.totals, self.norm.double()])
+        self.arrived: torch.cuda.Event | None = None
+        if self.sent.is_cuda:  # to pinned memory: to read it is to wait for this step, not for the next one
+            pinned = torch.empty(self.sent.shape, dtype=self.sent.dtype, pin_memory=True)
+            self.sent = pinned.copy_(self.sent, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
     def read(self) -> tuple[float, float]:
         """(mean loss per trained token, norm of the gradient). Raises: NotFinite."""
         if self.numbers is None:
-            loss_total, num_asked, norm = torch.stack([*self.totals, self.norm.double()]).tolist()
+            if self.arrived is not None:
+                self.arrived.synchronize()
+            loss_total, num_asked, norm = self.sent.tolist()
             loss = loss_total / self.batch.num_targets
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise NotFinite(self.step, loss, norm, self.batch.micros, self.losses)
@@ -202,6 +213,16 @@ class Sums:
     def found_inf(self) -> Tensor:
         """One where loss or gradient are no numbers, else zero; nobody waits for it."""
         return (~(self.totals[0].isfinite() & self.norm.isfinite())).float()
+
+
+def _next_batch(batch_at: Callable[[int], Step], step: int, last_sums: Sums | None) -> Step:
+    """The batch of `step`. Where there is none, the step before must have been sound to count as done."""
+    try:
+        return batch_at(step)
+    except RunError:
+        if last_sums is not None:
+            last_sums.read()
+        raise
 
 
 def draw(seed: int, step: int, index: int, rank: int) -> int:

@@ -17,9 +17,9 @@ from lorakit.base_model import Base
 from lorakit.data.batches import Batches, StreamBatches, first_tokens, heaviest
 from lorakit.data.render import check_tokenizer
 from lorakit.data.tokens import TokenData
-from lorakit.devices import agree, autocast_for, describe, hardware_of, peak_bytes
+from lorakit.devices import agree, autocast_for, describe, hardware_of, peak_bytes, unanimous
 from lorakit.errors import RecipeError
-from lorakit.fast import FastPaths
+from lorakit.fast import Autocast, FastPaths
 from lorakit.kernels import attention
 from lorakit.layers import dimensions, num_parameters, whole_modules
 from lorakit.plan import (
@@ -82,10 +82,10 @@ def prepare(recipe: Recipe, record: dict[str, Any], ranks: Accelerator) -> Prepa
         decisions = agree(ranks, decisions | choose_data(recipe, rows.format, rows.why) | layout)
     settle(base.model, decisions, ranks.device)
     objective = Objective(base.model, tasks.build(recipe.task))
-    paths, decisions = fast_paths(recipe, objective, adapter, rows.tokens, autocast, decisions, ranks)
+    autocast, decisions = fast_paths(recipe, objective, adapter, rows.tokens, autocast, decisions, ranks)
     plan = make_plan(recipe, 0 if rows.stream else rows.tokens.num_draws, decisions)
     params = report.parameters(adapter, num_base)
-    ready = Prepared(tokenizer, rows, held_out, base, adapter, objective, paths.autocast, plan, params)
+    ready = Prepared(tokenizer, rows, held_out, base, adapter, objective, autocast, plan, params)
     try_heaviest(ready, recipe, ranks.device)
     return ready
 
@@ -232,20 +232,21 @@ def fast_paths(
     objective: Objective,
     adapter: Adapter,
     tokens: TokenData,
-    autocast: Callable[[], AbstractContextManager[Any]],
+    autocast: Autocast,
     decisions: Decisions,
     ranks: Accelerator,
-) -> tuple[FastPaths, Decisions]:
-    """(the switches, set as decided; the decisions with the verdict on every fast path)."""
+) -> tuple[Autocast, Decisions]:
+    """Switch the fast paths as decided: (what the model must run in; the decisions with all verdicts)."""
+    if recipe.training.fast == "off":
+        return autocast, decisions | dict.fromkeys(fast.PATHS, Decision(False, "as the recipe says"))
     micro = first_tokens(tokens, fast.NUM_TOKENS, decisions["data.packing"].value).to(ranks.device)
     paths = FastPaths(objective, adapter, micro, autocast)
     if not any(name in decisions for name in fast.PATHS):
-        verdicts = {name: Decision(False, "as the recipe says") for name in fast.PATHS}
-        if recipe.training.fast == "auto":
-            verdicts = fast.choose(paths, adapter, micro, decisions["training.precision"].value)
-        decisions = agree(ranks, decisions | verdicts)
-    paths.switch([name for name in fast.PATHS if name in decisions and decisions[name].value])
-    return paths, decisions
+        precision = decisions["training.precision"].value
+        decisions = decisions | unanimous(ranks, fast.choose(paths, adapter, micro, precision))
+    # Only what is there: the run may go on on another device.
+    paths.switch([name for name in paths.available() if name in decisions and decisions[name].value])
+    return paths.autocast, decisions
 
 
 def facts_of(ready: Prepared, ranks: Accelerator) -> dict[str, Any]:

@@ -149,7 +149,7 @@ def _train(
                 seed=recipe.training.seed,
                 max_grad_norm=recipe.optimizer.max_grad_norm,
                 device=ranks.device,
-                deferred=ranks.device.type == "cuda",
+                deferred=ranks.device.type == "cuda" and optim.looks_at_found_inf(optimizer),
                 autocast=ready.autocast,
                 rank=ranks.process_index,
                 num_ranks=ranks.num_processes,

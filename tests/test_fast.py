@@ -23,7 +23,7 @@ from lorakit import fast
 from lorakit.adapters import Adapter, attach
 from lorakit.data.batches import first_tokens
 from lorakit.fast import PATHS, FastPaths, Limits, Observed, distance
-from lorakit.kernels import attention, cross_entropy, lora, norm
+from lorakit.kernels import attention, cross_entropy, lora, norm, products
 from lorakit.layers import layers_of
 from lorakit.micro_batch import MicroBatch
 from lorakit.recipe.adapter import AdaLora, Full, Lora
@@ -157,6 +157,7 @@ def subject(
     train_also: Sequence[str] = (),
     checkpointing: bool = False,
     base: str = "",
+    lengths: Sequence[int] = (40, 3, 70, 25, 9, 150),
 ) -> Subject:
     """`model`: a name of MODELS, or a model. bf16: under autocast, the `base` in bf16 too where it is not
     fp32."""
@@ -173,7 +174,6 @@ def subject(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     adapter = attached(model, section, targets, train_also)
     draw = np.random.default_rng(0)
-    lengths = (40, 3, 70, 25, 9, 150)  # the last one is cut where the guard stops
     ids = draw.integers(3, model.config.get_text_config().vocab_size, sum(lengths)).astype(np.int32)
     data = made(ids, np.ones(len(ids), np.uint8), np.cumsum([0, *lengths]))
     micro = first_tokens(data, fast.NUM_TOKENS, packed)
@@ -365,6 +365,7 @@ def halved(x: Tensor) -> Tensor:
 
 FACTORS, OUTPUTS, NORM = lora.factors, lora.outputs, norm.rms_norm
 SUMMED, ATTEND, WIDENED = cross_entropy.summed, attention.attend, MicroBatch.widened
+GATHER = products._gather
 
 
 def factors_of_half_the_scale(layer: Any) -> Any:
@@ -486,6 +487,13 @@ WRONG: dict[str, tuple[str, str, Any, str, Any]] = {  # (path, model, where, nam
         "attend",
         lambda q, k, v, lengths, scale: ATTEND(q, k, v, (sum(lengths),), scale),
     ),
+    "gradients beyond the first block": (
+        "fast.attention",
+        "llama",
+        products,
+        "_gather",
+        lambda total, part, first, stop: GATHER(total, -part if first else part, first, stop),
+    ),
     "the keys' gradient": (
         "fast.attention",
         "llama",
@@ -517,6 +525,25 @@ def test_a_wrong_path_is_switched_off_aloud_and_alone(
     # what is left trains right though the wrong code is still there
     with fast._moved(here.adapter):
         agree(fast._observe(here.paths, here.adapter, here.micro), expected, precision)
+
+
+def test_long_first_rows_hide_no_leak_between_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several documents are compared, whatever the rows are."""
+    here = subject("llama", "bf16", lengths=(400, 300, 500))
+    lengths = here.micro.document_lengths
+    assert lengths is not None and len(lengths) == 3 and len(set(lengths)) == 3
+    assert here.choose()["fast.attention"]
+    monkeypatch.setattr(
+        attention, "attend", lambda q, k, v, lengths, scale: ATTEND(q, k, v, (sum(lengths),), scale)
+    )
+    assert not here.choose()["fast.attention"]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_objective_leaves_its_model_in_the_mode_it_is_in(training: bool) -> None:
+    model = architectures.build(MODELS["llama"][0]()).train(training)
+    objective = Objective(model, causal_lm.CausalLmTask())
+    assert objective.training is model.training is training
 
 
 def failing(*given: Any) -> Any:

@@ -142,10 +142,11 @@ def step_of(
 
 
 def first_tokens(data: TokenData, num_tokens: int, packing: bool) -> MicroBatch:
-    """The first samples, cut at `num_tokens` tokens together, every token of them trained but the first."""
+    """The first samples, each cut at half of what is left of `num_tokens` tokens, so that there are several
+    of different lengths; every token of them is trained but the first."""
     entries: list[Entry] = []
     for index in range(len(data)):
-        ids = data.sample(index)[0][:num_tokens]
+        ids = data.sample(index)[0][: max(2, num_tokens // 2)]
         if len(ids) > 1:
             weights = np.ones(len(ids), np.uint8)
             weights[0] = 0

@@ -6,8 +6,8 @@ documents end. Each document is attended to alone, so that no T x T mask exists 
 plain twin is the model's own attention on each document by itself, in a batch of one.
 
 Three ways lead to the same numbers: PyTorch's variable-length kernel takes all documents at once (CUDA, 16
-bits), plain matrix products (products.py) where they were measured to be faster, and a loop over the
-documents with PyTorch's fused attention does everything else. Which one is a pure function of what is asked,
+bits), plain matrix products (products.py) what is bf16 on a CPU, and a loop over the documents with PyTorch's
+fused attention everything else. Which one is a pure function of what is asked,
 of the device and of what was registered, so that a run that continues computes as it began.
 
 Shapes: H query heads, K key heads, T tokens of the row, D head size, N documents.
@@ -204,7 +204,9 @@ def _all_at_once(
 @lru_cache(maxsize=8)  # a step asks once for every layer, forwards and again for checkpointed activations
 def _borders(lengths: tuple[int, ...], device: torch.device) -> Tensor:  # (N + 1,)
     with torch.inference_mode(False):  # an evaluation must not leave behind what training cannot save
-        return torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32, device=device)
+        borders = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32)
+        # Only from pinned memory does a copy to a GPU not wait for what the GPU is doing.
+        return borders.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else borders
 
 
 @lru_cache(maxsize=64)

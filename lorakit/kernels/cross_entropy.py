@@ -82,7 +82,9 @@ class _Summed(torch.autograd.Function):
             total += _loss_and_gradient_(logits[: len(goals)], goals, scale, softcap, exact)
             if grad_h is not None:
                 torch.mm(logits, w, out=grad_h[rows])
-            if grad_w is not None:
+            if grad_w is not None and grad_w.dtype == dtype:
+                grad_w.addmm_(logits.T, h[rows])
+            elif grad_w is not None:
                 grad_w += logits.T @ h[rows]
             if grad_b is not None:
                 grad_b += logits.sum(0, dtype=exact)

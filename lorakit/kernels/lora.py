@@ -13,7 +13,7 @@ adapter, several adapters). The plain twin is that forward of PEFT.
 Shapes: N tokens of all rows, I in, O out, R rank.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -262,8 +262,3 @@ class _Outputs(torch.autograd.Function):
         pairs = (grad for pair in zip(of_a, of_b, strict=True) for grad in pair)
         tensors = [None if grad is None else grad.to(t) for grad, t in zip(pairs, ctx.dtypes, strict=True)]
         return (None if grad_x is None else grad_x.view_as(x), None, None, None, *tensors)
-
-
-def switch_off(groups: Iterable[Group]) -> None:
-    for group in groups:
-        group.switch_off()

@@ -14,8 +14,8 @@ Shapes: H query heads, K key heads, G = H / K, T tokens of the row, D head size,
 tokens that each is padded to, B queries of a block.
 """
 
-import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -84,6 +84,18 @@ class _Attend(torch.autograd.Function):
                 found.append(bundle.heads(tensor))
         together = (torch.cat(found, dim=1).index_select(1, back) for found in grads)
         return (*together, None, None)
+
+
+@contextmanager
+def blocks_of(size: int) -> Iterator[None]:
+    """Within it blocks, and what is kept, are of `size` tokens: a few documents then take every branch."""
+    global _BLOCK, _KEPT
+    before = _BLOCK, _KEPT
+    _BLOCK = _KEPT = size
+    try:
+        yield
+    finally:
+        _BLOCK, _KEPT = before
 
 
 def _blocks(length: int) -> Iterator[tuple[int, int]]:
@@ -179,40 +191,3 @@ def _bundles(lengths: tuple[int, ...], device: torch.device) -> tuple[list[Bundl
         )
         offset += len(places)
     return bundles, torch.tensor(back, device=device)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Which is faster
-
-
-def seconds_of(
-    shape: tuple[int, int, int],  # (H, K, D)
-    length: int,
-    dtype: torch.dtype,
-    repeat: int = 5,
-) -> tuple[float, float]:
-    """(by products, by PyTorch's fused attention): seconds forwards and backwards over a document of `length`
-    tokens on a CPU, the best of `repeat` that take turns."""
-    num_heads, num_keys, size = shape
-    draw = torch.Generator().manual_seed(0)
-    inputs = [
-        torch.randn(n, length, size, generator=draw).to(dtype).requires_grad_()
-        for n in (num_heads, num_keys, num_keys)
-    ]
-
-    def products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attend(q, k, v, (length,), size**-0.5)
-
-    def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        repeated = (x.repeat_interleave(num_heads // num_keys, dim=0) for x in (k, v))
-        q, k, v = (x[None] for x in (q, *repeated))
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-    best = [float("inf")] * 2
-    for _ in range(repeat):
-        for number, attention in enumerate((products, fused)):
-            began = time.perf_counter()
-            output = attention(*inputs)
-            torch.autograd.grad(output, inputs, torch.ones_like(output))
-            best[number] = min(best[number], time.perf_counter() - began)
-    return best[0], best[1]

@@ -52,6 +52,12 @@ def lr_at(step: int, name: str, peak: float, warmup_steps: int, total_steps: int
     return peak * shape
 
 
+def looks_at_found_inf(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether step() leaves parameters and state alone where the tensor `found_inf` holds a one: PyTorch's
+    mark of optimizers that work with its loss scaler on the device."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_ratio"]

@@ -39,6 +39,7 @@ class Objective(nn.Module):
         self.model, self.task = model, task
         self.fused = False
         self.repeats_shapes = False
+        self.train(model.training)  # as the model is, not as a new module is
 
     def forward(self, micro: MicroBatch) -> Tensor:
         if self.repeats_shapes:

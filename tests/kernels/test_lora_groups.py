@@ -221,7 +221,7 @@ def test_switching_off_leaves_no_trace() -> None:
     for _ in range(2):
         group.switch_on()
         assert all("forward" in vars(layer) for layer in group.layers)
-        lora.switch_off([group])
+        group.switch_off()
         assert not any("forward" in vars(layer) for layer in group.layers)
 
 
@@ -333,7 +333,8 @@ def test_experts_that_are_not_called() -> None:
         def forward(x: Tensor, chosen: Tensor = chosen) -> list[Tensor]:
             return [model(x, chosen)]
 
-        lora.switch_off(groups)
+        for group in groups:
+            group.switch_off()
         wanted = observed(model, x, forward=forward)
         for group in groups:
             group.switch_on()

@@ -270,9 +270,3 @@ def test_probabilities_of_short_documents_are_held_for_the_backward_pass() -> No
     lengths = (30, 300, 50)
     _, held = held_by(draw(lengths, 2, 1, 4, 4, torch.float32), lengths)
     assert [shape for shape in held if shape[-1] > 4] == [(2, 2 * 64, 64)]
-
-
-def test_measuring_draws_nothing_from_the_generator_of_the_run() -> None:
-    before = torch.random.get_rng_state()
-    assert all(seconds > 0 for seconds in products.seconds_of((4, 2, 8), 20, torch.bfloat16, repeat=1))
-    assert torch.equal(torch.random.get_rng_state(), before)

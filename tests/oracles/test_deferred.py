@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lorakit import loop, optim
 from lorakit.data.batches import Batches
+from lorakit.errors import RunError
 from lorakit.recipe.optimizer import AdamW
 from lorakit.tasks import Objective
 from lorakit.tasks.causal_lm import CausalLmTask
@@ -248,6 +249,29 @@ def test_a_stop_ends_within_one_step_more(asked: int, log: int) -> None:
     assert at_once.state.step == asked
     assert asked <= deferred.state.step <= asked + 1
     assert deferred.seen.steps_of("checkpoint")[-1] == deferred.state.step
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_rows_that_end_do_not_hide_a_step_that_is_no_number(deferred: bool) -> None:
+    """What stops for want of rows writes a checkpoint: the step before must not count as done unread."""
+    run = Run(log=100, poison=nan_loss(3))
+    real = run.batch_at
+
+    def until_three(step: int) -> Any:
+        if step == 3:
+            raise RunError("the rows end here")
+        return real(step)
+
+    run.batch_at = until_three  # type: ignore[method-assign]
+    with pytest.raises(loop.NotFinite, match="step 3"):
+        run.drive(deferred=deferred)
+
+
+def test_rows_that_end_after_a_sound_step_say_so() -> None:
+    run = Run(log=100)
+    run.batch_at = lambda step: (_ for _ in ()).throw(RunError("the rows end here"))  # type: ignore
+    with pytest.raises(RunError, match="the rows end here"):
+        run.drive(deferred=True)
 
 
 def test_a_stop_in_the_last_step_is_the_end() -> None:
