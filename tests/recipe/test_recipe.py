@@ -105,6 +105,7 @@ def test_a_minimal_recipe_has_the_defaults_of_the_design(here: Path) -> None:
             "seed": 0,
             "precision": "auto",
             "gradient_checkpointing": "auto",
+            "fast": "auto",
             "deterministic": "auto",
         },
         "eval": {"every": 100, "at_start": True, "early_stopping": None},
