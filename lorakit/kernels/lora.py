@@ -6,9 +6,9 @@ sum of dy_i W_i + (s_i dy_i B_i) A_i. Nothing is held but x and x A^T: activatio
 and a quantized weight is dequantized when it is read and dropped. A and B stay PEFT's fp32 parameters; they
 are rounded to the dtype of the products as autocast would, and their gradients come back in fp32.
 
-The layers stay PEFT's: only their `forward` is another one for as long as `switched_on` groups are not
-switched off, and it gives way to PEFT's own whenever it is asked for something else (a disabled or merged
-adapter, several adapters). The plain twin is that forward of PEFT.
+The layers stay PEFT's: only their `forward` is another one for as long as their group is switched on, and it
+gives way to PEFT's own whenever it is asked for something else (a disabled or merged adapter, several
+adapters). The plain twin is that forward of PEFT.
 
 Shapes: N tokens of all rows, I in, O out, R rank.
 """
