@@ -17,7 +17,7 @@ from lorakit.adapter_file import AdapterFile, modules_above, read
 from lorakit.errors import LorakitError, RecipeError
 from lorakit.plan import check_start, choose_targets
 from lorakit.recipe import Recipe, default_recipe, is_hub_id, load_recipe
-from lorakit.recipe.adapter import NUM_TRAINED
+from lorakit.recipe.methods import TRAITS
 from lorakit.recipe.model import Model
 from lorakit.shapes import Layer, Shapes
 from lorakit.targets import QUANTIZED, TIED, select_whole
@@ -103,7 +103,7 @@ def _of_recipe(recipe: Recipe, remark: str = "") -> Count:
     full = section.method == "full"
     entries = _of_every_weight(shapes) if full else _of_method(recipe, shapes)
     rank = "" if full else f", rank {section.rank}"
-    if not full and section.start_from:
+    if getattr(section, "start_from", None):
         rank = f", continued from {section.start_from}"
     told = f"{section.method}{rank}{remark}"
     about = [("model", f"{recipe.model.path}: {shapes.num_parameters:,} parameters"), ("adapter", told)]
@@ -129,7 +129,7 @@ def _of_method(recipe: Recipe, shapes: Shapes) -> list[Entry]:
     whole, problems = _whole_modules(shapes, section.train_also, recipe.model.quantize != "none")
     if problems:
         raise RecipeError(recipe.problem("adapter.train_also", message) for message in problems)
-    if section.start_from is None:
+    if getattr(section, "start_from", None) is None:
         targets = choose_targets(recipe, shapes.layers)
     else:
         saved = read(Path(section.start_from))
@@ -139,8 +139,8 @@ def _of_method(recipe: Recipe, shapes: Shapes) -> list[Entry]:
         whole = saved.train_also
     entries = []
     for target in targets:
-        layer, rank = target.layer, target.rank if section.method == "lora" else section.rank
-        trained = NUM_TRAINED[section.method](layer.in_features, layer.out_features, rank)
+        layer, rank = target.layer, section.init_rank if section.method == "adalora" else target.rank
+        trained = TRAITS[section.method].num_trained(layer.in_features, layer.out_features, rank)
         entry = _entry(layer.name, layer.in_features, layer.out_features, rank, trained)
         entries.append(entry | ({"init_rank": rank} if section.method == "adalora" else {}))
     for name in whole:

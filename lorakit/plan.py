@@ -13,6 +13,8 @@ from typing import Any
 from lorakit.errors import Problem, RecipeError
 from lorakit.recipe import Recipe
 from lorakit.recipe.data import files_of, is_template, sources
+from lorakit.recipe.methods import TRAITS
+from lorakit.recipe.optimizer import LORA_PLUS
 from lorakit.recipe.task import TRAIN_ON
 from lorakit.shapes import Layer
 from lorakit.targets import Target, assign, select
@@ -101,27 +103,46 @@ def choose_targets(recipe: Recipe, layers: Sequence[Layer]) -> list[Target]:
     chosen, problems = select(layers, section.targets)
     found = [recipe.problem("adapter.targets", message) for message in problems]
     if not found:
-        targets, faults = assign(
-            chosen, section.rank, section.alpha, section.rank_pattern, section.alpha_pattern
-        )
-        faults = _adalora_faults(section.init_rank, chosen) if section.method == "adalora" else faults
+        targets, faults = _assigned(section, chosen)
         found = [recipe.problem(field, message) for field, message in faults]
     if found:
         raise RecipeError(found)
     return targets
 
 
-def _adalora_faults(init_rank: int, layers: Sequence[Layer]) -> list[tuple[str, str]]:
-    """(field, message) of what AdaLoRA cannot adapt: an embedding, a layer narrower than the initial rank."""
-    if odd := [layer.name for layer in layers if layer.kind == "embedding"]:
-        return [("adapter.targets", f"{odd[0]} is an embedding, which AdaLoRA cannot adapt")]
+def _assigned(section: Any, layers: Sequence[Layer]) -> tuple[list[Target], list[tuple[str, str]]]:
+    """(`layers` with the section's ranks and alphas; what the method cannot adapt, as (field, message))."""
+    if faults := _refused(section, layers):
+        return [], faults
+    alpha: Any = getattr(section, "alpha", "auto")
+    patterns = getattr(section, "rank_pattern", {}), getattr(section, "alpha_pattern", {})
+    targets, faults = assign(layers, section.rank, alpha, *patterns)
+    if TRAITS[section.method].any_rank:
+        return targets, [fault for fault in faults if fault[0] != "adapter.rank"]
+    return targets, faults if hasattr(section, "rank_pattern") else _narrow(section, layers)
+
+
+def _refused(section: Any, layers: Sequence[Layer]) -> list[tuple[str, str]]:
+    """(field, message) of the first layer of a kind that the method cannot adapt."""
+    refuses = TRAITS[section.method].refuses
+    odd = next((layer for layer in layers if layer.kind in refuses), None)
+    if odd is None:
+        return []
+    kind = "an embedding" if odd.kind == "embedding" else f"a {odd.kind} layer"
+    message = f"{odd.name} is {kind}, which {section.method} cannot adapt: {refuses[odd.kind]}"
+    return [("adapter.targets", message)]
+
+
+def _narrow(section: Any, layers: Sequence[Layer]) -> list[tuple[str, str]]:
+    """(field, message) where a method of one rank for all layers has a layer narrower than that."""
+    field, rank = ("init_rank", section.init_rank) if section.method == "adalora" else ("rank", section.rank)
     narrow = min(layers, key=lambda layer: min(layer.in_features, layer.out_features))
     side = min(narrow.in_features, narrow.out_features)
-    if init_rank <= side:
+    if rank <= side:
         return []
     shape = f"{narrow.out_features} x {narrow.in_features}"
-    message = f"{init_rank} is above the smaller side of {narrow.name} ({shape}); write at most {side}"
-    return [("adapter.init_rank", message)]
+    message = f"{rank} is above the smaller side of {narrow.name} ({shape}); write at most {side}"
+    return [(f"adapter.{field}", message)]
 
 
 def check_start(
@@ -143,9 +164,9 @@ def check_start(
                 ("adapter.targets", f"not the layers of start_from: {odd[0]} is in one of the two only")
             )
     adapted = [target.layer for target in targets]
-    wanted, _ = assign(adapted, section.rank, section.alpha, section.rank_pattern, section.alpha_pattern)
+    wanted, faults = _assigned(section, adapted)
     fields = (("rank", "rank_pattern", "rank"), ("alpha", "alpha_pattern", "alpha"))
-    for field, pattern, attribute in fields if section.method == "lora" else ():
+    for field, pattern, attribute in fields if "rank" in TRAITS[section.method].taken_over else ():
         value = recipe.written(f"adapter.{field}")
         if value in (None, "auto") and not recipe.written(f"adapter.{pattern}"):
             continue
@@ -155,8 +176,8 @@ def check_start(
                 message = f"{getattr(target, attribute)}, but start_from has {actual} at {target.layer.name}"
                 found.append((f"adapter.{field}", message))
                 break
-    if section.method == "adalora" and adapted:
-        found += _adalora_faults(section.init_rank, adapted)
+    if "rank" not in TRAITS[section.method].taken_over:
+        found += faults
     if recipe.written("adapter.scaling") not in (None, scaling):
         found.append(("adapter.scaling", f"start_from is {scaling}"))
     if section.train_also and sorted(whole) != sorted(whole_there):
@@ -281,8 +302,11 @@ def make_plan(recipe: Recipe, num_samples: int, decisions: Decisions) -> Plan:
         message = f"{warmup_steps} steps of warm-up do not fit into the {total} steps of this run"
         raise RecipeError([recipe.problem("schedule.warmup", message)])
     adapter: Any = recipe.adapter
-    if adapter.method != "full" and adapter.alpha == "auto" and not adapter.rank_pattern:
-        taken_over = adapter.method == "lora" and adapter.start_from
+    if getattr(adapter, "alpha", None) == "auto" and not getattr(adapter, "rank_pattern", {}):
+        taken_over = "alpha" in TRAITS[adapter.method].taken_over and adapter.start_from
         alpha = Decision(2.0 * adapter.rank, "twice the rank")
         decisions = decisions if taken_over else decisions | {"adapter.alpha": alpha}
+    if recipe.optimizer.lr_ratio == "lora+":
+        why = "LoRA+ where B starts at zero; larger for harder tasks, with a smaller optimizer.lr"
+        decisions = decisions | {"optimizer.lr_ratio": Decision(LORA_PLUS, why)}
     return Plan(total, warmup_steps, num_samples, decisions)

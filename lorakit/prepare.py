@@ -35,6 +35,7 @@ from lorakit.plan import (
     make_plan,
 )
 from lorakit.recipe import Recipe
+from lorakit.recipe.methods import TRAITS
 from lorakit.targets import Target
 from lorakit.tasks import Objective
 from lorakit.terminal import say
@@ -172,14 +173,14 @@ def attach_adapter(recipe: Recipe, base: Base, total_steps: int) -> Adapter:
     seed = recipe.training.seed
     if section.method == "full":
         return attach(section, base.model, [], seed, stored_config=base.config)
-    planned = {"total_steps": total_steps} if section.method == "adalora" else {}
+    planned = {"total_steps": total_steps} if TRAITS[section.method].scheduled else {}
     whole, problems = whole_modules(base.model, section.train_also)
     if problems:
         raise RecipeError(recipe.problem("adapter.train_also", message) for message in problems)
-    if section.start_from is None:
+    if getattr(section, "start_from", None) is None:
         targets = choose_targets(recipe, base.layers)
         return attach(section, base.model, targets, seed, train_also=whole, **planned)
-    from lorakit.adapters.lora import read_adapter
+    from lorakit.adapters.lora_files import read_adapter
 
     there = read_adapter(Path(section.start_from), base.layers)
     if not there.factors:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit import __version__
+from lorakit.adapter_file import modules_above
 from lorakit.adapters import Adapter, Role, Trained
 from lorakit.plan import Plan
 from lorakit.recipe import Recipe
@@ -37,12 +38,11 @@ def _modules(adapter: Adapter, trained: Sequence[Trained]) -> list[dict[str, Any
     `rank` is the layer's rank as it is now; where a method changes it, `init_rank` says what was trained.
     """
     adapted, ranks = {target.layer.name: target for target in adapter.targets}, adapter.ranks()
-    changes = any(item.role is Role.SCALE for item in trained)
     counts: dict[str, int] = {}
     shapes: dict[str, tuple[int, int]] = {}
     for item in trained:
-        name = item.name.split(".lora_")[0].split(".modules_to_save.")[0]
-        name = name if name in adapted or item.role is Role.HEAD else item.name.rsplit(".", 1)[0]
+        name = next((above for above in modules_above(item.name) if above in adapted), None)
+        name = name or item.name.rpartition(".")[0].split(".modules_to_save.")[0]
         counts[name] = counts.get(name, 0) + item.parameter.numel()
         if item.parameter.dim() == 2:
             shapes.setdefault(name, (item.parameter.shape[1], item.parameter.shape[0]))
@@ -54,7 +54,7 @@ def _modules(adapter: Adapter, trained: Sequence[Trained]) -> list[dict[str, Any
         else:
             rank, (inner, outer) = 0, shapes.get(name, (1, count))
         entry = {"name": name, "in": inner, "out": outer, "rank": rank, "trainable": count}
-        entries.append(entry | ({"init_rank": target.rank} if target and changes else {}))
+        entries.append(entry | ({"init_rank": target.rank} if target and adapter.moves_ranks else {}))
     return entries
 
 

@@ -15,12 +15,12 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from lorakit import base_model, model_files, runs
-from lorakit.adapters import Adapter, attach, lora
+from lorakit.adapters import Adapter, attach, lora_files
 from lorakit.base_model import Base
 from lorakit.devices import autocast_for
 from lorakit.errors import LorakitError
 from lorakit.recipe import is_hub_id, load_recipe
-from lorakit.recipe.adapter import Lora
+from lorakit.recipe.methods import Lora
 from lorakit.recipe.model import Model
 from lorakit.terminal import say
 from lorakit.tokenizer import load_tokenizer, quiet, template_text
@@ -46,7 +46,7 @@ class Opened:
     base: Base
     folder: Path  # of the base
     adapter: Adapter | None  # None: full fine-tuning, the base is what was trained
-    contents: lora.Contents | None
+    contents: lora_files.Contents | None
     tokenizer: Any | None  # None where there is none
     precision: str  # fp32 or bf16: what products are computed in
     autocast: Callable[[], AbstractContextManager[Any]]  # as it was trained
@@ -215,9 +215,9 @@ def open_saved(saved: Saved, base: str | None, device: torch.device, exact: bool
     return Opened(loaded, folder, adapter, contents, tokenizer, precision, autocast, device, dequantized)
 
 
-def attach_saved(saved: Saved, base: Base) -> tuple[Adapter, lora.Contents]:
+def attach_saved(saved: Saved, base: Base) -> tuple[Adapter, lora_files.Contents]:
     """The adapter's file on the base."""
-    contents = lora.read_adapter(saved.folder, base.layers)
+    contents = lora_files.read_adapter(saved.folder, base.layers)
     if not contents.factors:
         raise LorakitError(f"{saved.folder}: it adapts no layer", "Give the directory of a LoRA.")
     ours = base.model.state_dict()

@@ -26,7 +26,7 @@ def _of_targets(recipe: Recipe) -> tuple[Problem, ...]:
     """
     model, section = recipe.model, recipe.adapter
     folder = Path(model.path)
-    if section.method == "full" or section.start_from is not None or model.trust_remote_code:
+    if section.method == "full" or getattr(section, "start_from", None) or model.trust_remote_code:
         return ()
     if not (folder.is_absolute() and (folder / "config.json").is_file()):
         return ()

@@ -27,6 +27,7 @@ from lorakit.errors import LorakitError, RunError
 from lorakit.loop import NotFinite, TrainState
 from lorakit.plan import Plan
 from lorakit.recipe import Recipe, comparable, dump, fingerprint
+from lorakit.recipe.methods import TRAITS
 from lorakit.terminal import progress, say
 
 # ------------------------------------------------------------------------------------------------------------
@@ -151,9 +152,9 @@ def announce(
 def disk_needed(recipe: Recipe, trainable: int) -> int:
     """Bytes of the checkpoints that are kept, one more while it is staged, and what was trained: all fp32.
 
-    A checkpoint holds weights and AdamW's two moments; AdaLoRA's two averages of importance beside them.
+    A checkpoint holds weights, AdamW's two moments, and what the method itself remembers.
     """
-    each = 20 if recipe.adapter.method == "adalora" else 12
+    each = TRAITS[recipe.adapter.method].checkpoint_bytes
     return (recipe.checkpoint.keep + 1) * each * trainable + 8 * trainable + (1 << 20)
 
 
@@ -211,7 +212,7 @@ class Writer:
         if outcome != "interrupted" and (state.best_step is None or not self.recipe.checkpoint.best):
             self._write_product(state)
         if self.run is not None:
-            if outcome != "interrupted" and any("init_rank" in m for m in self.params["modules"]):
+            if outcome != "interrupted" and self.adapter.moves_ranks:
                 self._tell_ranks(state)
             status = "interrupted" if outcome == "interrupted" else "finished"
             ended = datetime.now(UTC).isoformat(timespec="seconds")

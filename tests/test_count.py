@@ -17,7 +17,7 @@ import pytest
 import transformers as hf
 
 import lorakit
-from lorakit.recipe.adapter import NUM_TRAINED
+from lorakit.recipe.methods import TRAITS
 
 LLAMA_2_7B = {
     "model_type": "llama",
@@ -208,9 +208,9 @@ def test_the_percentage_that_peft_prints_for_llama_2(tmp_path: Path) -> None:
 
 def test_adalora_adds_one_number_per_rank(tmp_path: Path) -> None:
     """PEFT's benchmark, Llama 3.2 3B: queries and values, 64 at first. Zhang et al., DeBERTaV3-base: 12."""
-    assert 28 * sum(NUM_TRAINED["adalora"](3072, out, 64) for out in (3072, 1024)) == 18_353_664
+    assert 28 * sum(TRAITS["adalora"].num_trained(3072, out, 64) for out in (3072, 1024)) == 18_353_664
     sides = [(768, 768)] * 4 + [(768, 3072), (3072, 768)]
-    assert 12 * sum(NUM_TRAINED["adalora"](*both, 12) for both in sides) == 1_991_520
+    assert 12 * sum(TRAITS["adalora"].num_trained(*both, 12) for both in sides) == 1_991_520
     overrides = ["adapter.method=adalora", "adapter.init_rank=64", f"adapter.targets={QV}"]
     found = lorakit.count_params(model(tmp_path, LLAMA_32_3B), overrides)
     assert found["trainable"] == 18_353_664

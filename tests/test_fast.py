@@ -26,7 +26,7 @@ from lorakit.fast import PATHS, FastPaths, Limits, Observed, distance
 from lorakit.kernels import attention, cross_entropy, lora, norm, products
 from lorakit.layers import layers_of
 from lorakit.micro_batch import MicroBatch
-from lorakit.recipe.adapter import AdaLora, Full, Lora
+from lorakit.recipe.methods import AdaLora, Full, Lora
 from lorakit.targets import assign, select
 from lorakit.tasks import Objective, causal_lm
 from tests import architectures

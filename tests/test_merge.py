@@ -236,7 +236,7 @@ def test_a_merge_that_is_not_the_adapter_is_refused_and_leaves_nothing(
     factor: float, dtype: str, run: Path, cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Even of an adapter that moves little: what the logits of a 16-bit model would not tell, tensors do."""
-    from lorakit.adapters.lora import Factors
+    from lorakit.adapters.lora_files import Factors
 
     weak = scaled(run, tmp_path / "weak", 0.05)
     real = Factors.update

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from lorakit.errors import LorakitError
 from lorakit.layers import shapes_on_meta
 from lorakit.model_files import shapes
-from lorakit.recipe.adapter import NUM_TRAINED
+from lorakit.recipe.methods import TRAITS
 from lorakit.shapes import TABLE, Shapes, shapes_of
 from lorakit.targets import select
 
@@ -143,7 +143,7 @@ def test_counts_are_those_of_peft(kind: str, preset: str, tmp_path: Path) -> Non
         total = sum(p.numel() for p in model.parameters())
         lora = LoraConfig(r=3, target_modules=[layer.name for layer in layers], task_type="CAUSAL_LM")
         adapted = get_peft_model(model, lora)
-    count = sum(NUM_TRAINED["lora"](layer.in_features, layer.out_features, 3) for layer in layers)
+    count = sum(TRAITS["lora"].num_trained(layer.in_features, layer.out_features, 3) for layer in layers)
     assert adapted.get_nb_trainable_parameters() == (count, total + count)
     assert found.num_parameters == total
 

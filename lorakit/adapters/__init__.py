@@ -1,8 +1,8 @@
 """HOW weights move: one file per method, all with the same face (the Adapter protocol).
 
 A method knows its own section of the recipe and the layers it was given, and nothing of data, loops or files
-other than those of its adapter. To add one: its file here, its section in recipe/adapter.py, one line in
-METHODS.
+other than those of its adapter. To add one: its file here, its section and its traits in recipe/methods.py,
+one line in METHODS.
 """
 
 from contextlib import AbstractContextManager
@@ -20,6 +20,8 @@ from lorakit.targets import Target
 
 METHODS = {  # name -> module:class, imported on use
     "lora": "lorakit.adapters.lora:LoraAdapter",
+    "dora": "lorakit.adapters.lora:LoraAdapter",
+    "lora-fa": "lorakit.adapters.lora:LoraAdapter",
     "adalora": "lorakit.adapters.adalora:AdaLoraAdapter",
     "full": "lorakit.adapters.full:FullAdapter",
 }
@@ -30,7 +32,7 @@ class Role(Enum):
 
     A = "A"  # (rank, in): reads the layer's input
     B = "B"  # (out, rank): writes to the layer's output
-    SCALE = "scale"  # (rank, 1): singular values, or another vector between A and B
+    SCALE = "scale"  # a vector: singular values (rank, 1), sizes of the rows of a weight (out), ...
     HEAD = "head"  # a module trained whole beside the adapter
     FULL = "full"  # a weight of the base model itself
 
@@ -45,31 +47,42 @@ class Trained:
 
 
 class Adapter(Protocol):
-    """An attached adapter. The model it was attached to computes with it from then on."""
+    """An attached adapter. The model it was attached to computes with it from then on.
+
+    Methods name this class as their base. The hooks here that return something do nothing for most methods,
+    so that a method's file shows only what is its own.
+    """
 
     targets: tuple[Target, ...]  # the adapted layers with their rank and alpha; empty for full fine-tuning
+    moves_ranks: bool = False  # whether training decides the ranks
 
     def trained(self) -> list[Trained]:
         """Every parameter that moves, in a fixed order."""
 
     def penalty(self) -> Tensor | None:
         """A regulariser added to the loss once per optimizer step, alike on every rank."""
+        return None
 
     def before_step(self, step: int) -> None:
         """Sees the gradients of optimizer step `step`, summed over ranks, before clipping."""
+        return None
 
     def after_step(self, step: int) -> None:
         """Runs after the optimizer's update of step `step`."""
+        return None
 
     def ranks(self) -> dict[str, int]:
         """The rank of every adapted layer as it is now."""
+        return {target.layer.name: target.rank for target in self.targets}
 
     def settled(self, step: int) -> bool:
         """Whether after `step` steps the adapter has the shape it was asked for: only then may it be the
         best."""
+        return True
 
     def measures(self) -> dict[str, float]:
         """What a line of metrics.jsonl says of the adapter beside the loss."""
+        return {}
 
     def disabled(self) -> AbstractContextManager[None]:
         """Within it the model is the base model."""
@@ -83,6 +96,7 @@ class Adapter(Protocol):
 
     def config(self, base_name: str) -> dict[str, Any]:
         """adapter_config.json of state() as other tools read it; empty when none would."""
+        return {}
 
     def write(self, folder: Path, base_name: str) -> None:
         """The adapter's files, in PEFT's format wherever PEFT has the method, for tools other than

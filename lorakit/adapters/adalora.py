@@ -16,7 +16,6 @@ state in checkpoints, fails where nothing is to be pruned, and its penalty leaks
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,10 @@ import torch
 from peft import AdaLoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
-from lorakit.adapters import Role, Trained, copy_into
-from lorakit.adapters.lora import Factors, config_as_json, lora_config, write_adapter
+from lorakit.adapters import Adapter, Role, Trained, copy_into
+from lorakit.adapters.lora_files import Factors, write_plain
 from lorakit.errors import LorakitError
-from lorakit.recipe.adapter import AdaLora
+from lorakit.recipe.methods import AdaLora
 from lorakit.targets import Target
 
 _ROLES = {".lora_A.": Role.A, ".lora_B.": Role.B, ".lora_E.": Role.SCALE}
@@ -98,7 +97,9 @@ def off_orthogonal(matrices: Sequence[Tensor]) -> Tensor:
 # The adapter
 
 
-class AdaLoraAdapter:
+class AdaLoraAdapter(Adapter):
+    moves_ranks = True
+
     def __init__(
         self,
         section: AdaLora,
@@ -108,13 +109,11 @@ class AdaLoraAdapter:
         total_steps: int,
         train_also: Sequence[str] = (),
     ) -> None:
-        """Attaches in place. Raises: LorakitError for embeddings, and for too few steps to settle ranks."""
+        """Attaches in place. Raises: LorakitError for too few steps to settle ranks."""
         self.section, self.targets, self.train_also = section, tuple(targets), list(train_also)
         self.start, self.settled_at = phases(total_steps, section.warmup, section.final)
         if section.init_rank > section.target_rank and not 0 <= self.start < self.settled_at:
             raise LorakitError(f"adapter: {total_steps} steps are too few for AdaLoRA's three phases")
-        if odd := [t.layer.name for t in targets if t.layer.kind == "embedding"]:
-            raise LorakitError(f"adapter.targets: {odd[0]} is an embedding, which AdaLoRA cannot adapt")
         torch.manual_seed(seed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # fan_in_fan_out of Conv1D, tied weights: decided and tested here
@@ -211,32 +210,15 @@ class AdaLoraAdapter:
         with torch.no_grad():
             copy_into(tensors, self.state(), "the adapter")
 
-    def config(self, base_name: str) -> dict[str, Any]:
-        return {}  # PEFT has no place for the allocator's state
-
     def write(self, folder: Path, base_name: str) -> None:
-        """Plain LoRA, exactly: A = Q and B = scale * P diag(lambda) of the triplets that are not zero.
-
-        One rank for all layers, the rest filled with zeros, and a scale of one: other tools ignore patterns.
-        """
-        living = {name: self.lambda_[name].detach().flatten().nonzero().flatten() for name in self.layers}
-        rank = max(1, *(len(index) for index in living.values()))
-        tensors: dict[str, Tensor] = {}
-        for name, index in living.items():
+        """Plain LoRA, exactly: A = Q and B = scale * P diag(lambda) of the triplets that are not zero."""
+        factors = {}
+        for name in self.layers:
+            lambda_ = self.lambda_[name].detach().flatten()
+            living = lambda_.nonzero().flatten()
             p, q = self.p[name].detach(), self.q[name].detach()
-            a, b = q.new_zeros(rank, q.shape[1]), p.new_zeros(p.shape[0], rank)
-            a[: len(index)] = q[index]
-            b[:, : len(index)] = (
-                p[:, index] * self.lambda_[name].detach().flatten()[index] * self._scale(name)
-            )
-            tensors[f"base_model.model.{name}.lora_A.weight"] = a
-            tensors[f"base_model.model.{name}.lora_B.weight"] = b
-        for item in self.trained():
-            if item.role is Role.HEAD:
-                name = item.name.replace(".modules_to_save.default", "")
-                tensors[f"base_model.model.{name}"] = item.parameter.detach()
-        uniform = [replace(target, rank=rank, alpha=float(rank)) for target in self.targets]
-        write_adapter(folder, config_as_json(lora_config(uniform, self.train_also), base_name), tensors)
+            factors[name] = q[living], p[:, living] * lambda_[living] * self._scale(name)
+        write_plain(folder, self, factors, self.train_also, base_name)
 
     def continue_from(self, factors: Sequence[Factors], whole: dict[str, Tensor]) -> None:
         """Start with the update of a LoRA: its singular value decomposition, and fresh triplets beside it.

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakit.adapters import Role, Trained, copy_into
-from lorakit.recipe.adapter import Full
+from lorakit.adapters import Adapter, Role, Trained, copy_into
+from lorakit.recipe.methods import Full
 from lorakit.targets import Target
 
 
-class FullAdapter:
+class FullAdapter(Adapter):
     def __init__(
         self, section: Full, model: Any, targets: Sequence[Target], seed: int, stored_config: Any
     ) -> None:
@@ -28,24 +28,6 @@ class FullAdapter:
     def trained(self) -> list[Trained]:
         return [Trained(name, parameter, Role.FULL) for name, parameter in self.model.named_parameters()]
 
-    def penalty(self) -> Tensor | None:
-        return None
-
-    def before_step(self, step: int) -> None:
-        return None
-
-    def after_step(self, step: int) -> None:
-        return None
-
-    def ranks(self) -> dict[str, int]:
-        return {}
-
-    def settled(self, step: int) -> bool:
-        return True
-
-    def measures(self) -> dict[str, float]:
-        return {}
-
     def disabled(self) -> AbstractContextManager[None]:
         raise AssertionError("full fine-tuning has moved the base model: there is nothing to disable")
 
@@ -55,9 +37,6 @@ class FullAdapter:
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         with torch.no_grad():
             copy_into(tensors, self.state(), "the checkpoint")
-
-    def config(self, base_name: str) -> dict[str, Any]:
-        return {}
 
     def write(self, folder: Path, base_name: str) -> None:
         dtype = self.stored_config.dtype or torch.float32

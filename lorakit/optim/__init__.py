@@ -2,23 +2,24 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lorakit.adapters import Role, Trained
-from lorakit.recipe.optimizer import AdamW
+from lorakit.recipe.optimizer import LORA_PLUS, AdamW
 
 Groups = list[dict[str, Any]]
 
 
-def groups(trained: Sequence[Trained], weight_decay: float, lr_ratio: float) -> Groups:
+def groups(trained: Sequence[Trained], weight_decay: float, lr_ratio: float | Literal["lora+"]) -> Groups:
     """One group for each learning rate and decay that occurs: B learns `lr_ratio` times as fast as the rest
     (LoRA+, arXiv 2402.12354), and only matrices decay: no bias, no scale."""
+    of_b = LORA_PLUS if lr_ratio == "lora+" else lr_ratio
     found: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
     for item in trained:
-        ratio = lr_ratio if item.role is Role.B else 1.0
+        ratio = of_b if item.role is Role.B else 1.0
         decays = item.parameter.dim() > 1 and item.role is not Role.SCALE
         decay = weight_decay if decays else 0.0
         found.setdefault((ratio, decay), []).append(item.parameter)

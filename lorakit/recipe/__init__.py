@@ -21,9 +21,10 @@ from lorakit.recipe import optimizer as optimizer_section
 from lorakit.recipe import source
 from lorakit.recipe import task as task_section
 from lorakit.recipe import training as training_section
-from lorakit.recipe.adapter import Adapter, Lora
+from lorakit.recipe.adapter import Adapter
 from lorakit.recipe.data import Data
 from lorakit.recipe.explain import explain, key_of
+from lorakit.recipe.methods import TRAITS, Lora
 from lorakit.recipe.model import Model
 from lorakit.recipe.optimizer import AdamW, Optimizer, Schedule
 from lorakit.recipe.section import Section
@@ -243,7 +244,7 @@ def dump(recipe: Recipe, resolved: dict[str, Any] | None = None) -> str:
     for dotted, value in (resolved or {}).items():
         _assign(values, dotted, value)
     if values["adapter"].get("start_from"):  # what the recipe leaves open comes from there
-        for field in adapter_section.TAKEN_OVER[recipe.adapter.method]:
+        for field in TRAITS[recipe.adapter.method].taken_over:
             if recipe.written(f"adapter.{field}") is None:
                 values["adapter"].pop(field, None)
     copy = source.Source(name="", values=values)

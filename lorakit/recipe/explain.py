@@ -130,6 +130,8 @@ def _unknown(path: Key, written: Source, recipe: type[Section]) -> str:
     if section and (inner := _inner(path, section)):
         section, label = inner, f"{path[0]}.{path[1]}"
     known = list(section.model_fields) if section else []
+    if reason := getattr(section, "lacks", {}).get(name):
+        return f"not a field of {label}: {reason}"
     hint = did_you_mean(name, known)
     if not hint:
         method = {section_type: name for name, section_type in METHOD_SECTIONS.items()}

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from lorakit.recipe.section import Conflicts, Section, Written
 
+LORA_PLUS = 4.0  # lr_ratio: lora+. Best were 4 to 8 (RoBERTa) and 2 to 4 (Llama 7B) where B starts at zero
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -27,8 +28,9 @@ class AdamW(Section):
     eps: Annotated[float, Field(gt=0)] = 1e-8
     """Added to the denominator."""
 
-    lr_ratio: Annotated[float, Field(gt=0)] = 1.0
-    """Learning rate of B over that of A (LoRA+, arXiv 2402.12354)."""
+    lr_ratio: Literal["lora+"] | Annotated[float, Field(gt=0)] = 1.0
+    """Learning rate of B over that of A (LoRA+, arXiv 2402.12354). lora+: 4, what was best where B starts at
+    zero; the paper's 16 is for B at random and A at zero."""
 
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """The gradient of a step is scaled down to this Euclidean norm; null: never."""

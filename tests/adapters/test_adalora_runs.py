@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from lorakit.adapters.adalora import AdaLoraAdapter
 from lorakit.layers import layers_of
-from lorakit.recipe.adapter import AdaLora
+from lorakit.recipe.methods import AdaLora
 from lorakit.report import rank_table
 from lorakit.targets import Target, select
 from tests.conftest import metrics

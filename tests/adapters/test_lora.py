@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from lorakit.adapters import METHODS, Role, attach
 from lorakit.errors import LorakitError
 from lorakit.layers import layers_of
-from lorakit.recipe.adapter import METHOD_SECTIONS, Lora
+from lorakit.recipe.adapter import METHOD_SECTIONS
+from lorakit.recipe.methods import Lora
 from lorakit.targets import Target, assign, select
 from tests import architectures
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lorakit.adapters.adalora import AdaLoraAdapter, phases
-from lorakit.recipe.adapter import AdaLora
+from lorakit.recipe.methods import AdaLora
 from lorakit.shapes import Layer
 from lorakit.targets import Target
 from tests.oracles import adalora_by_hand, lora_by_hand, test_loop_by_hand

@@ -20,7 +20,7 @@ from lorakit.data.batches import Batches, deal, order, samples_of, steps_per_epo
 from lorakit.data.tokens import TokenData
 from lorakit.kernels import attention
 from lorakit.layers import layers_of
-from lorakit.recipe.adapter import Lora
+from lorakit.recipe.methods import Lora
 from lorakit.recipe.optimizer import AdamW
 from lorakit.targets import assign, select
 from lorakit.tasks import Objective

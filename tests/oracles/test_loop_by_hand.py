@@ -18,7 +18,7 @@ from lorakit import loop, optim
 from lorakit.adapters import Adapter, attach
 from lorakit.data.batches import Batches, order
 from lorakit.data.tokens import TokenData
-from lorakit.recipe.adapter import Lora
+from lorakit.recipe.methods import Lora
 from lorakit.recipe.optimizer import AdamW
 from lorakit.shapes import Layer
 from lorakit.targets import Target

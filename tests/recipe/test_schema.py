@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from lorakit.recipe import Recipe, json_schema
-from lorakit.recipe.adapter import METHOD_SECTIONS, AdaLora, Full, Lora
+from lorakit.recipe.adapter import METHOD_SECTIONS
 from lorakit.recipe.data import FORMAT_FIELDS, Data, Source
+from lorakit.recipe.methods import TRAITS, AdaLora, Full, Lora
 from lorakit.recipe.model import Model
 from lorakit.recipe.optimizer import AdamW, Schedule
 from lorakit.recipe.section import Section
@@ -21,6 +22,7 @@ SECTIONS: list[type[Section]] = [
     Model,
     Lora,
     AdaLora,
+    *(traits.section for name, traits in TRAITS.items() if name not in ("lora", "adalora", "full")),
     Full,
     CausalLm,
     Source,

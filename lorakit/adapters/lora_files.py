@@ -1,0 +1,195 @@
+"""The files of a LoRA: what PEFT, transformers and vLLM load, written and read whole.
+
+One rank and one scale for all layers where a method other than LoRA is exported (`write_plain`): vLLM ignores
+patterns. A is (rank, in), B is (out, rank); for an Embedding A is (rank, vocabulary).
+"""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftConfig
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lorakit import adapter_file
+from lorakit.adapters import Adapter, Role, write_tensors
+from lorakit.errors import LorakitError
+from lorakit.shapes import Layer
+from lorakit.targets import Target
+
+PREFIX = "base_model.model."  # of every name in PEFT's files
+_NAMES, _EMBEDDING_NAMES = ("A.weight", "B.weight"), ("embedding_A", "embedding_B")
+
+
+def config_as_json(config: PeftConfig, base_name: str) -> dict[str, Any]:
+    """adapter_config.json, with sets in a fixed order."""
+    values = config.to_dict() | {"base_model_name_or_path": base_name, "inference_mode": True}
+    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
+    text: dict[str, Any] = json.loads(json.dumps(plain, default=str))
+    return text
+
+
+def write_adapter(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """adapter_config.json and adapter_model.safetensors."""
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_tensors(folder / "adapter_model.safetensors", tensors)
+
+
+def write_plain(
+    folder: Path,
+    adapter: Adapter,
+    factors: Mapping[str, tuple[Tensor, Tensor]],
+    train_also: Sequence[str],
+    base_name: str,
+) -> None:
+    """A method that other tools do not know, as the LoRA that it is: layer -> (A, B) with every scale in B.
+
+    One rank for all layers, what a layer has less filled with zeros, and a scale of one: other tools ignore
+    patterns.
+    """
+    rank = max(1, *(len(a) for a, _ in factors.values()))
+    tensors: dict[str, Tensor] = {}
+    for target in adapter.targets:
+        name, (a, b) = target.layer.name, factors[target.layer.name]
+        wide_a, wide_b = a.new_zeros(rank, a.shape[1]), b.new_zeros(len(b), rank)
+        wide_a[: len(a)], wide_b[:, : len(a)] = a, b
+        names = _EMBEDDING_NAMES if target.layer.kind == "embedding" else _NAMES
+        tensors |= {f"{PREFIX}{name}.lora_{names[0]}": wide_a, f"{PREFIX}{name}.lora_{names[1]}": wide_b}
+    for item in adapter.trained():
+        if item.role is Role.HEAD:
+            name = item.name.replace(".modules_to_save.default", "")
+            tensors[f"{PREFIX}{name}"] = item.parameter.detach()
+    uniform = [replace(target, rank=rank, alpha=float(rank)) for target in adapter.targets]
+    write_adapter(folder, config_as_json(lora_config(uniform, train_also), base_name), tensors)
+
+
+def lora_config(
+    targets: Sequence[Target],
+    train_also: Sequence[str] = (),
+    dropout: float = 0.0,
+    rank_stabilized: bool = False,
+    init: bool | str = True,
+    dora: bool = False,
+) -> LoraConfig:
+    """The most frequent rank and alpha in general, the others as patterns on whole names."""
+    rank = Counter(target.rank for target in targets).most_common(1)[0][0]
+    alpha = Counter(target.alpha for target in targets).most_common(1)[0][0]
+    return LoraConfig(
+        r=rank,
+        lora_alpha=_plain(alpha),
+        rank_pattern={t.layer.name: t.rank for t in targets if t.rank != rank},
+        alpha_pattern={t.layer.name: _plain(t.alpha) for t in targets if t.alpha != alpha},
+        target_modules=[target.layer.name for target in targets],
+        modules_to_save=list(train_also) or None,
+        lora_dropout=dropout,
+        use_rslora=rank_stabilized,
+        use_dora=dora,
+        init_lora_weights=init,  # type: ignore[arg-type]
+        fan_in_fan_out=any(target.layer.kind == "conv1d" for target in targets),
+        task_type="CAUSAL_LM",
+    )
+
+
+def _plain(number: float) -> float | int:
+    return int(number) if float(number).is_integer() else number
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Adapters from a directory
+
+# What else may stand in a configuration without changing what the layer computes.
+_PLAIN_INIT = (True, False, None, "gaussian", "eva", "orthogonal")  # the others move the base's weights
+_CHANGES_NOTHING = {
+    *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "exclude_modules"),
+    *("fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform"),
+    *("lora_alpha", "lora_dropout", "lora_ga_config", "loftq_config", "eva_config", "corda_config"),
+    *(
+        "megatron_config",
+        "megatron_core",
+        "modules_to_save",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+    ),
+    *("r", "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_rslora"),
+}
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The update of one layer: scale * B A, of the shape (out, in) for a Linear whatever its base stores."""
+
+    target: Target
+    a: Tensor  # (rank, in)
+    b: Tensor  # (out, rank)
+    scale: float
+
+    def update(self) -> Tensor:
+        """What is added to the layer's weight, in fp32 and in the weight's own layout."""
+        product = self.scale * (self.b.float() @ self.a.float())
+        # A Conv1D stores (in, out). An Embedding looks rows up: its A is (rank, vocabulary).
+        return product if self.target.layer.kind == "linear" else product.T
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A LoRA in a directory, read whole."""
+
+    factors: tuple[Factors, ...]  # in the order of the model's layers
+    whole: dict[str, Tensor]  # parameter name in the model -> its new value
+    copies: dict[str, Tensor]  # parameter name -> the base's own value: PEFT saves adapted embeddings whole
+    tensors: dict[str, Tensor]  # all but the copies, under the names of the file: what load_state() takes
+    train_also: tuple[str, ...]  # the modules trained whole
+    scaling: str
+
+    @property
+    def targets(self) -> list[Target]:
+        return [item.target for item in self.factors]
+
+
+def read_adapter(folder: Path, layers: Sequence[Layer]) -> Contents:
+    """The LoRA that PEFT or lorakit wrote to `folder`, as it applies to a model of these `layers`.
+
+    Raises: LorakitError when there is none, when it is no plain LoRA, and when it does not fit the model.
+    """
+    file = adapter_file.read(folder)
+    different = [
+        f"{key}: {value}"
+        for key, value in file.config.items()
+        if key not in _CHANGES_NOTHING and value not in (None, False, "none", {}, [])
+    ]
+    if (init := file.config.get("init_lora_weights", True)) not in _PLAIN_INIT:
+        different.append(f"init_lora_weights: {init}, which changes the base's weights too")
+    if different:
+        raise LorakitError(
+            f"{folder} is not plain LoRA ({', '.join(different)})",
+            "PEFT converts some: save_pretrained(path_initial_model_for_weight_conversion=...); it merges the"
+            " others: merge_and_unload().",
+        )
+    try:
+        tensors = load_file(folder / "adapter_model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise LorakitError(f"{folder / 'adapter_model.safetensors'}: cannot be read: {error}") from None
+    factors = []
+    for target in file.targets(layers):
+        names = _EMBEDDING_NAMES if target.layer.kind == "embedding" else _NAMES
+        a, b = (tensors[f"{PREFIX}{target.layer.name}.lora_{name}"] for name in names)
+        divisor = math.sqrt(target.rank) if file.scaling == "rank_stabilized" else target.rank
+        factors.append(Factors(target, a, b, target.alpha / divisor))
+    kept = {name for inside in file.whole.values() for name in inside}
+    copies, own, whole = {}, {}, {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix(PREFIX)
+        if ".lora_" not in name and name not in kept:
+            copies[name.replace(".base_layer.", ".")] = tensor
+            continue
+        own[key] = tensor
+        if name in kept:
+            whole[name] = tensor
+    return Contents(tuple(factors), whole, copies, own, tuple(file.train_also), file.scaling)

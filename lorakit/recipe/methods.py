@@ -1,0 +1,355 @@
+"""The adapter methods: the section of each, and what can be told of a method without a model.
+
+TRAITS is the registry: command line, counts, README and the matrix of tests read it. In: I, out: O, rank: R.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from lorakit.recipe.section import Section
+
+Rank = Annotated[int, Field(ge=1, le=65536)]
+Pattern = Annotated[str, Field(min_length=1)]
+Alpha = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Targets = Pattern | Annotated[tuple[Pattern, ...], Field(min_length=1)]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What several methods share
+
+
+class _Method(Section):
+    lacks: ClassVar[Mapping[str, str]] = {}  # field of other methods -> why this one cannot have it
+
+    method: str
+    """How the weights move."""
+
+
+class _Layers(_Method):
+    """A method that adapts layers."""
+
+    targets: Targets = "all-linear"
+    """all-linear (output head and routers excluded), attention, mlp, a list of module names, or regular
+    expressions matched against the whole module path."""
+
+    train_also: tuple[Pattern, ...] = ()
+    """Modules trained whole beside the adapter (names or regular expressions), for example a norm or the
+    head."""
+
+
+class _Factors(_Layers):
+    """A method whose update is a product of A (rank, in) and B (out, rank)."""
+
+    rank: Rank = 16
+    """Rank of the update of every adapted layer."""
+
+    alpha: Literal["auto"] | Alpha = "auto"
+    """Numerator of the scale. auto: twice the rank of each layer, so that the scale is 2 everywhere
+    (standard)."""
+
+    scaling: Literal["standard", "rank_stabilized"] = "standard"
+    """standard: alpha / rank. rank_stabilized: alpha / sqrt(rank), arXiv 2312.03732."""
+
+    init: Literal["default", "gaussian"] = "default"
+    """How A starts (B is zero). default: Kaiming-uniform; gaussian: N(0, 1/rank^2)."""
+
+    rank_pattern: dict[str, Rank] = {}
+    """Other ranks for some layers: module name or regular expression -> rank. The last match counts."""
+
+    alpha_pattern: dict[str, Alpha] = {}
+    """Other alphas for some layers: module name or regular expression -> alpha. The last match counts."""
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The methods
+
+
+class Lora(_Factors):
+    """LoRA: W x + scale * B A x with A (rank, in) and B (out, rank). Hu et al. 2021, arXiv 2106.09685."""
+
+    method: Literal["lora"] = "lora"
+    """How the weights move."""
+
+    dropout: Share = 0.0
+    """Share of the adapter's input features set to zero in training."""
+
+    start_from: str | None = None
+    """Directory of an adapter to continue from, with a fresh optimizer. Rank, alpha and targets come from it.
+    """
+
+
+class Dora(_Factors):
+    """DoRA: m (W + scale * B A) / |W + scale * B A| x, row by row: size and direction of every row of the
+    weight move apart. Liu et al. 2024, arXiv 2402.09353."""
+
+    method: Literal["dora"]
+    """How the weights move."""
+
+    dropout: Share = 0.0
+    """Share of the adapter's input features set to zero in training."""
+
+    start_from: str | None = None
+    """Directory of a DoRA adapter to continue from, with a fresh optimizer. Rank, alpha and targets come from
+    it."""
+
+
+class LoraFa(_Factors):
+    """LoRA-FA: LoRA whose A stays as it was drawn; B alone is trained, so that of a layer's input only A x
+    is kept for the backward pass. Zhang et al. 2023, arXiv 2308.03303."""
+
+    lacks = {"dropout": "LoRA-FA keeps A x alone for the backward pass; dropout would need x and its mask"}
+
+    method: Literal["lora-fa"]
+    """How the weights move."""
+
+    projected: bool = False
+    """Whether B's gradient is multiplied by (A A^T)^-1 / scale^2, in fp32, so that the step moves W by the
+    full gradient projected on the rows of A (version 2 of the paper)."""
+
+
+class AdaLora(_Layers):
+    """AdaLoRA: W x + alpha / init_rank * P diag(lambda) Q x. Every layer starts with init_rank triplets, and
+    those that matter least are taken away until target_rank remain on average. Zhang et al. 2023, arXiv
+    2303.10512."""
+
+    method: Literal["adalora"]
+    """How the weights move."""
+
+    init_rank: Rank = 12
+    """Rank of every adapted layer at the start."""
+
+    target_rank: Rank = 8
+    """Rank at the end, averaged over the adapted layers."""
+
+    alpha: Literal["auto"] | Alpha = "auto"
+    """Numerator of the scale alpha / init_rank, which pruning does not change. auto: twice init_rank."""
+
+    dropout: Share = 0.0
+    """Share of the adapter's input features set to zero in training."""
+
+    warmup: Share = 0.1
+    """Share of the steps before anything is taken away."""
+
+    final: Share = 0.3
+    """Share of the steps, at the end, that train the ranks as they are then."""
+
+    interval: Annotated[int, Field(ge=1)] = 10
+    """Steps between two decisions on the ranks."""
+
+    beta1: Annotated[float, Field(gt=0, lt=1)] = 0.85
+    """Smoothing of the sensitivity |w dL/dw|."""
+
+    beta2: Annotated[float, Field(gt=0, lt=1)] = 0.85
+    """Smoothing of its uncertainty."""
+
+    orthogonal_weight: Annotated[float, Field(ge=0)] = 0.1
+    """Weight of the penalty that keeps P and Q near orthogonal; added once per step, never to a held-out
+    loss."""
+
+    start_from: str | None = None
+    """Directory of a LoRA to continue from (adapter/ of an AdaLoRA run is one), with a fresh optimizer: its
+    update is decomposed into P, lambda and Q exactly. Its targets are taken over."""
+
+    @property
+    def rank(self) -> int:
+        """What a new layer starts with."""
+        return self.init_rank
+
+
+class Vera(_Layers):
+    """VeRA: W x + b * B (d * A x). A and B are drawn once, shared by all layers and never trained; d (rank)
+    and b (out) of every layer are. Kopiczko et al. 2023, arXiv 2310.11454."""
+
+    lacks = {"alpha": "VeRA has no scale: d and b are the scale"}
+
+    method: Literal["vera"]
+    """How the weights move."""
+
+    rank: Rank = 256
+    """Rows of A and columns of B; may be above a layer's smaller side."""
+
+    d_initial: Annotated[float, Field(gt=0)] = 0.1
+    """What every entry of d starts at; b starts at zero."""
+
+    dropout: Share = 0.0
+    """Share of the adapter's input features set to zero in training."""
+
+
+class DeltaLora(_Factors):
+    """Delta-LoRA: W follows B A. After every step from `start` on, W moves by delta_ratio * scale times what
+    the step changed B A by. Zi et al. 2023, arXiv 2309.02411."""
+
+    lacks = {"dropout": "Delta-LoRA takes the gradient of B A for that of W, which dropout makes untrue"}
+
+    method: Literal["delta-lora"]
+    """How the weights move."""
+
+    delta_ratio: Annotated[float, Field(gt=0)] = 2.0
+    """How much of each change of scale * B A is given to W (lambda of the paper)."""
+
+    start: Share | Annotated[int, Field(ge=0)] = 0
+    """Steps before W begins to follow: below 1 a share of the steps, from 1 a number of steps (K of the
+    paper)."""
+
+
+class LoraDrop(_Factors):
+    """LoRA-drop: LoRA is first trained on a sample of the data; layers are ranked by the square of what their
+    adapter adds to their output; those that make up `threshold` of the sum keep an adapter of their own, the
+    others share one per kind of module. Then all is trained anew. Zhou et al. 2024, arXiv 2402.07721."""
+
+    lacks = {"rank_pattern": "layers that share an adapter must have one rank"}
+
+    method: Literal["lora-drop"]
+    """How the weights move."""
+
+    dropout: Share = 0.0
+    """Share of the adapter's input features set to zero in training."""
+
+    threshold: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Share of the importance that the layers with an adapter of their own make up."""
+
+    probe: Annotated[float, Field(gt=0, lt=1)] | Annotated[int, Field(ge=1)] = 0.1
+    """Samples of the probe, seen once: below 1 a share of all, from 1 a number of samples."""
+
+
+class Full(_Method):
+    """Every weight of the base model moves: the baseline of every comparison. The run writes model/."""
+
+    method: Literal["full"]
+    """How the weights move."""
+
+    train_only: tuple[Pattern, ...] = ()
+    """Modules that move (names or regular expressions); all others stay as they are. Empty: all move."""
+
+
+class PeftTuner(_Layers):
+    """Any other tuner of PEFT's, by its type: OFT, IA3, LoHa, ... with PEFT's own configuration."""
+
+    method: Literal["peft"]
+    """How the weights move."""
+
+    type: Pattern
+    """The tuner, as PEFT calls it: OFT, BOFT, IA3, LOHA, LOKR, FOURIERFT, ..."""
+
+    config: dict[str, Any] = {}
+    """Fields of the tuner's configuration in PEFT, as PEFT calls them. Which layers it adapts is `targets`,
+    what is trained beside it `train_also`."""
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The registry
+
+_PAIR = "LoRA+ lets B learn faster than A; "
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What can be told of a method from its name."""
+
+    section: type[Section]
+    update: str  # what a layer computes, for the README
+    says: str  # one honest line, for the README
+    source: str
+    num_trained: Callable[[int, int, int], int]  # of I, O and R of one layer
+    refuses: Mapping[str, str] = field(default_factory=dict)  # kind of layer, or "quantized" -> why not
+    no_lr_ratio: str = ""  # why B cannot have a learning rate of its own
+    any_rank: bool = False  # the rank may be above a layer's smaller side
+    scheduled: bool = False  # it must know how many steps there will be
+    taken_over: tuple[str, ...] = ()  # fields that start_from decides where the recipe does not say them
+    checkpoint_bytes: int = 12  # per trained parameter: the parameter and AdamW's two moments
+
+
+_LIKE_LORA = ("rank", "alpha", "scaling", "targets", "rank_pattern", "alpha_pattern", "train_also")
+
+
+def _of_lora(inside: int, outside: int, rank: int) -> int:
+    return rank * (inside + outside)
+
+
+TRAITS: dict[str, Traits] = {
+    "lora": Traits(
+        Lora,
+        "W + alpha/rank · B A",
+        "the default; nothing below beats it by much once its learning rate is right",
+        "arXiv 2106.09685",
+        _of_lora,
+        taken_over=_LIKE_LORA,
+    ),
+    "dora": Traits(
+        Dora,
+        "m (W + s · B A) / norm of its rows",
+        "sometimes better at small ranks; each step forms B A whole",
+        "arXiv 2402.09353",
+        lambda inside, outside, rank: rank * (inside + outside) + outside,
+        taken_over=_LIKE_LORA,
+    ),
+    "lora-fa": Traits(
+        LoraFa,
+        "W + alpha/rank · B A, A as drawn",
+        "half of LoRA's parameters and less to keep for the backward pass; at the same rank it learns less",
+        "arXiv 2308.03303",
+        lambda inside, outside, rank: rank * outside,
+        refuses={"embedding": "its A starts at zero, and a frozen A of zero never moves anything"},
+        no_lr_ratio=_PAIR + "here A does not move: write optimizer.lr",
+    ),
+    "adalora": Traits(
+        AdaLora,
+        "W + alpha/init_rank · P Λ Q",
+        "ranks go where they matter; worth it where few parameters must do",
+        "arXiv 2303.10512",
+        lambda inside, outside, rank: rank * (inside + outside) + rank,  # Q, P and lambda
+        refuses={"embedding": "PEFT has no AdaLoRA layer for it"},
+        no_lr_ratio="is LoRA+'s, which says nothing on AdaLoRA's factors; delete it",
+        scheduled=True,
+        taken_over=("targets", "train_also"),
+        checkpoint_bytes=20,  # two averages of importance
+    ),
+    "vera": Traits(
+        Vera,
+        "W + b B d A, A and B shared and frozen",
+        "the fewest parameters; learns slowly and needs a learning rate ten times LoRA's",
+        "arXiv 2310.11454",
+        lambda inside, outside, rank: rank + outside,
+        refuses={"embedding": "PEFT has no VeRA layer for it"},
+        no_lr_ratio=_PAIR + "here neither moves: write optimizer.lr",
+        any_rank=True,
+    ),
+    "delta-lora": Traits(
+        DeltaLora,
+        "W + s · ((1 + λ) B A - λ B_K A_K)",
+        "trains like LoRA with (1 + λ) times the alpha (shown by a test); here to be compared",
+        "arXiv 2309.02411",
+        _of_lora,
+        scheduled=True,
+        checkpoint_bytes=16,  # A and B as they were when W began to follow
+    ),
+    "lora-drop": Traits(
+        LoraDrop,
+        "LoRA; layers that matter little share one",
+        "about half of LoRA's parameters for a short probe before",
+        "arXiv 2402.07721",
+        _of_lora,
+        refuses={"embedding": "what it adds to its output cannot be compared with what a matrix adds"},
+    ),
+    "full": Traits(
+        Full,
+        "every weight, or `train_only`",
+        "the baseline; fp32 weights, gradients and two moments: 16 bytes per parameter",
+        "",
+        lambda inside, outside, rank: inside * outside,
+        refuses={"quantized": "full fine-tuning cannot move {} weights; use lora"},
+        no_lr_ratio="has no effect without an adapter (method: full); delete it",
+    ),
+    "peft": Traits(
+        PeftTuner,
+        "as PEFT's `type` says",
+        "OFT, IA3, LoHa, ...: PEFT's layers in lorakit's loop, saved and merged as PEFT does",
+        "PEFT",
+        _of_lora,
+        no_lr_ratio=_PAIR + "lorakit does not know which parameters of {} are B: delete it",
+    ),
+}
