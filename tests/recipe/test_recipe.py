@@ -268,8 +268,8 @@ def test_a_long_value_is_shortened_in_the_message() -> None:
 
 
 METHODS = (
-    'expected "lora" or "dora" or "lora-fa" or "adalora" or "vera" or "delta-lora" or "lora-drop" or "full" or'
-    ' "peft"'
+    'expected "lora" or "dora" or "lora-fa" or "adalora" or "vera" or "delta-lora" or "lora-drop" or "full"'
+    ' or "peft"'
 )
 UNKNOWN = [
     ("optimiser: {lr: 1}", "4:1", "optimiser", 'not a section. Did you mean "optimizer"?'),
