@@ -4,7 +4,7 @@ A is (R, I), B is (O, R); of an Embedding I is the vocabulary.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from lorakit.errors import LorakitError
 from lorakit.model_files import header, read_json
 from lorakit.shapes import Layer
-from lorakit.targets import Target
+from lorakit.targets import Target, modules_above
 
 Shape = tuple[int, ...]
 _OTHER_BASE = "It was trained on another base: name that one: --base PATH (generate and chat: --base-path)."
@@ -119,9 +119,3 @@ def read(folder: Path) -> AdapterFile:
         if owners:  # any other weight is a copy of the base's, such as an embedding beside its adapter
             whole.setdefault(owners[0], {})[name] = shape
     return AdapterFile(folder, config, adapted, whole)
-
-
-def modules_above(parameter: str) -> Iterator[str]:
-    """a, then a.b, for a.b.weight."""
-    parts = parameter.split(".")[:-1]
-    return (".".join(parts[: depth + 1]) for depth in range(len(parts)))

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from lorakit import model_files
-from lorakit.adapter_file import AdapterFile, modules_above, read
+from lorakit.adapter_file import AdapterFile, read
 from lorakit.errors import LorakitError, RecipeError
 from lorakit.plan import check_start, choose_targets
 from lorakit.recipe import Recipe, default_recipe, is_hub_id, load_recipe
 from lorakit.recipe.methods import TRAITS
 from lorakit.recipe.model import Model
 from lorakit.shapes import Layer, Shapes
-from lorakit.targets import QUANTIZED, TIED, select_whole
+from lorakit.targets import QUANTIZED, TIED, modules_above, select_parameters, select_whole
 
 Entry = dict[str, Any]  # one of params.json's modules
 
@@ -101,7 +101,7 @@ def _of_recipe(recipe: Recipe, remark: str = "") -> Count:
     shapes = model_files.shapes(model_files.locate(recipe.model, weights=False, tokenizer=False))
     section: Any = recipe.adapter
     full = section.method == "full"
-    entries = _of_every_weight(shapes) if full else _of_method(recipe, shapes)
+    entries = _of_base_weights(recipe, shapes) if full else _of_method(recipe, shapes)
     rank = "" if full else f", rank {section.rank}"
     if getattr(section, "start_from", None):
         rank = f", continued from {section.start_from}"
@@ -109,14 +109,22 @@ def _of_recipe(recipe: Recipe, remark: str = "") -> Count:
     about = [("model", f"{recipe.model.path}: {shapes.num_parameters:,} parameters"), ("adapter", told)]
     if shapes.experts and not full:
         about.append(("experts", f"{len(shapes.experts)} 3-D expert weights are not adapted"))
-    return Count(_params(entries, 0 if full else shapes.num_parameters), tuple(about))
+    moved = sum(entry["trainable"] for entry in entries) if full else 0
+    return Count(_params(entries, shapes.num_parameters - moved), tuple(about))
 
 
-def _of_every_weight(shapes: Shapes) -> list[Entry]:
-    """One entry per module that has parameters of its own."""
+def _of_base_weights(recipe: Recipe, shapes: Shapes) -> list[Entry]:
+    """One entry per module that has parameters of its own that move.
+
+    Raises: RecipeError for a pattern of train_only that matches nothing.
+    """
+    section: Any = recipe.adapter
+    moving, problems = select_parameters(shapes.parameters, section.train_only, shapes.aliases)
+    if problems:
+        raise RecipeError(recipe.problem("adapter.train_only", message) for message in problems)
     modules: dict[str, list[tuple[int, ...]]] = {}
-    for name, shape in shapes.parameters.items():
-        modules.setdefault(name.rpartition(".")[0], []).append(shape)
+    for name in moving:
+        modules.setdefault(name.rpartition(".")[0], []).append(shapes.parameters[name])
     return [_whole_entry(name, inside) for name, inside in modules.items()]
 
 

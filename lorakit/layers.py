@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from lorakit.errors import LorakitError
 from lorakit.plan import Dimensions
 from lorakit.shapes import Layer, Shapes, is_expert
-from lorakit.targets import QUANTIZED, TIED, is_attention, select_whole
+from lorakit.targets import QUANTIZED, TIED, is_attention, select_parameters, select_whole
 
 
 def layers_of(model: Any) -> tuple[tuple[Layer, ...], tuple[str, ...]]:
@@ -85,6 +85,14 @@ def whole_modules(model: Any, patterns: tuple[str, ...]) -> tuple[list[str], lis
         name for name, module in model.named_modules() if name and any(True for _ in module.parameters())
     ]
     return select_whole(names, patterns, refusal)
+
+
+def moving_parameters(model: Any, patterns: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """(parameters that `patterns` name, all where there is none; what is wrong with the patterns)."""
+    own = {id(parameter): name for name, parameter in model.named_parameters()}
+    shared = model.named_parameters(remove_duplicate=False)
+    tied = {name: own[id(parameter)] for name, parameter in shared if own[id(parameter)] != name}
+    return select_parameters(own.values(), patterns, tied)
 
 
 def _is_router(name: str, out_features: int, num_experts: list[int | None]) -> bool:

@@ -21,7 +21,7 @@ from lorakit.devices import agree, autocast_for, describe, hardware_of, peak_byt
 from lorakit.errors import RecipeError
 from lorakit.fast import Autocast, FastPaths
 from lorakit.kernels import attention
-from lorakit.layers import dimensions, num_parameters, whole_modules
+from lorakit.layers import dimensions, moving_parameters, num_parameters, whole_modules
 from lorakit.plan import (
     Decision,
     Decisions,
@@ -172,7 +172,10 @@ def attach_adapter(recipe: Recipe, base: Base, total_steps: int) -> Adapter:
     section: Any = recipe.adapter
     seed = recipe.training.seed
     if section.method == "full":
-        return attach(section, base.model, [], seed, stored_config=base.config)
+        moving, problems = moving_parameters(base.model, section.train_only)
+        if problems:
+            raise RecipeError(recipe.problem("adapter.train_only", message) for message in problems)
+        return attach(section, base.model, [], seed, moving=moving, stored_config=base.config)
     planned = {"total_steps": total_steps} if TRAITS[section.method].scheduled else {}
     whole, problems = whole_modules(base.model, section.train_also)
     if problems:

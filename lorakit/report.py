@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from lorakit import __version__
-from lorakit.adapter_file import modules_above
 from lorakit.adapters import Adapter, Role, Trained
 from lorakit.plan import Plan
 from lorakit.recipe import Recipe
+from lorakit.targets import modules_above
 from lorakit.terminal import harmless
 
 

@@ -5,7 +5,7 @@ rank: R.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -98,6 +98,42 @@ def select_whole(
         problems += [f"{name} {reason}" for name in found if (reason := refusal(name))]
         chosen += [name for name in found if name not in chosen]
     return chosen, problems
+
+
+def select_parameters(
+    parameters: Iterable[str], patterns: Sequence[str], tied: Mapping[str, str]
+) -> tuple[list[str], list[str]]:
+    """(those of `parameters` that `patterns` name, by themselves or by a module around them; what is wrong
+    with the patterns). All of them where there is no pattern.
+
+    `tied`: name of a parameter that shares its values with another -> that other, which is in `parameters`.
+    """
+    parameters = list(parameters)
+    if not patterns:
+        return parameters, []
+    names = {**{name: name for name in parameters}, **tied}
+    chosen, problems = set(), []
+    for pattern in patterns:
+        if reason := bad_pattern(pattern):
+            problems.append(reason)
+            continue
+        found = {
+            names[name]
+            for name in names
+            if any(matches(pattern, place) for place in (*modules_above(name), name))
+        }
+        if not found:
+            parts = dict.fromkeys(part for name in names for part in name.split(".") if not part.isdigit())
+            near = did_you_mean(pattern, list(parts))
+            problems.append(f'"{pattern}" matches no module and no parameter. {near}'.rstrip())
+        chosen |= found
+    return [name for name in parameters if name in chosen], problems
+
+
+def modules_above(parameter: str) -> Iterator[str]:
+    """a, then a.b, for a.b.weight."""
+    parts = parameter.split(".")[:-1]
+    return (".".join(parts[: depth + 1]) for depth in range(len(parts)))
 
 
 def candidates(layers: Iterable[Layer], pattern: str = "") -> str:

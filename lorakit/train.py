@@ -84,7 +84,7 @@ def _train(
         runs.check_facts(record, facts)
     continued = continue_from(resume, output, record)
     state = restore(continued, adapter, optimizer)
-    runs.check_space(output, disk_needed(recipe, ready.params["trainable"]), product(recipe))
+    runs.check_space(output, disk_needed(recipe, ready.params), product(recipe))
     ranks.wait_for_everyone()  # all have read the checkpoint before rank 0 deletes what is later
     account = account_lines(ready.rows, ready.held_out)
     told = (recipe, plan, ready.params, facts, account)

@@ -11,6 +11,7 @@ from lorakit import model_files, shipped
 from lorakit.errors import LorakitError, Problem, RecipeError
 from lorakit.plan import check, choose_targets
 from lorakit.recipe import Recipe
+from lorakit.targets import select_parameters
 
 
 def problems_of(recipe: Recipe) -> list[Problem]:
@@ -20,18 +21,22 @@ def problems_of(recipe: Recipe) -> list[Problem]:
 
 def _of_targets(recipe: Recipe) -> tuple[Problem, ...]:
     """Targets, patterns and ranks that do not fit the model, where its config.json is here and its type in
-    the table of shapes.py.
+    the table of shapes.py; likewise what full fine-tuning is to move.
 
     An adapter that the training starts from brings targets of its own; a model's own code, layers.
     """
     model, section = recipe.model, recipe.adapter
     folder = Path(model.path)
-    if section.method == "full" or getattr(section, "start_from", None) or model.trust_remote_code:
+    if getattr(section, "start_from", None) or model.trust_remote_code:
         return ()
     if not (folder.is_absolute() and (folder / "config.json").is_file()):
         return ()
     try:
-        if shapes := model_files.shapes_from_table(folder):
+        shapes = model_files.shapes_from_table(folder)
+        if shapes and section.method == "full":
+            _, found = select_parameters(shapes.parameters, section.train_only, shapes.aliases)
+            return tuple(recipe.problem("adapter.train_only", message) for message in found)
+        if shapes:
             choose_targets(recipe, shapes.layers)
     except RecipeError as error:
         return error.problems

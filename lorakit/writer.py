@@ -149,13 +149,15 @@ def announce(
     say(f"plan      {plan.total_steps} steps of {uneven}{batch_size} samples -> {output}")
 
 
-def disk_needed(recipe: Recipe, trainable: int) -> int:
+def disk_needed(recipe: Recipe, params: dict[str, Any]) -> int:
     """Bytes of the checkpoints that are kept, one more while it is staged, and what was trained: all fp32.
 
     A checkpoint holds weights, AdamW's two moments, and what the method itself remembers.
     """
     each = TRAITS[recipe.adapter.method].checkpoint_bytes
-    return (recipe.checkpoint.keep + 1) * each * trainable + 8 * trainable + (1 << 20)
+    written: int = params["total"] if recipe.adapter.method == "full" else params["trainable"]
+    moving: int = params["trainable"]
+    return (recipe.checkpoint.keep + 1) * each * moving + 8 * written + (1 << 20)
 
 
 # ------------------------------------------------------------------------------------------------------------

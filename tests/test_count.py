@@ -235,6 +235,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "embeddings": {"targets": ["embed_tokens", "lm_head", "v_proj"], "rank": 2},
     "train_also": {"targets": ["q_proj"], "rank": 2, "train_also": ["norm", "input_layernorm", "mlp"]},
     "full": {"method": "full"},
+    "part": {"method": "full", "train_only": ["norm", r"model\.layers\.1\..*", "lm_head"]},
     "adalora": {"method": "adalora", "init_rank": 4, "target_rank": 2, "train_also": ["norm"]},
 }
 
@@ -263,7 +264,7 @@ def test_the_count_is_the_report_of_a_run(name: str, write_recipe, cli, tmp_path
     assert counted == report
     code, out, _ = cli("count-params", tmp_path / "run", "--json")
     assert json.loads(out) == json.loads((tmp_path / "run" / "params.json").read_text())
-    if name not in ("full", "adalora"):
+    if name not in ("full", "part", "adalora"):
         code, out, _ = cli("count-params", tmp_path / "run" / "adapter", "--json")
         assert (code, json.loads(out)) == (0, report)
 

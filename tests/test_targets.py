@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from lorakit.shapes import Layer
-from lorakit.targets import PRESETS, assign, bad_pattern, is_attention, matches, select
+from lorakit.targets import PRESETS, assign, bad_pattern, is_attention, matches, select, select_parameters
 
 
 def layer(name: str, inside: int = 64, outside: int = 64, **more: Any) -> Layer:
@@ -407,3 +407,21 @@ def test_a_rank_of_a_pattern_that_is_too_large_is_a_problem_of_the_pattern() -> 
 def test_the_line_keeps_the_patterns_that_the_recipe_has() -> None:
     _, problems = assign(ATTENTION, 32, "auto", {"q_proj": 2}, {})
     assert cure(problems[0][1]) == {"q_proj": 2, "k_proj": 16, "v_proj": 16}
+
+
+def test_parameters_are_selected_by_name_by_module_and_by_the_name_they_share() -> None:
+    names = [
+        "embed.weight",
+        "layers.0.norm.weight",
+        "layers.0.fc.weight",
+        "layers.0.fc.bias",
+        "layers.1.fc.bias",
+    ]
+    tied = {"head.weight": "embed.weight"}
+    assert select_parameters(names, [], tied) == (names, [])
+    assert select_parameters(names, ["bias"], tied) == (names[3:], [])
+    assert select_parameters(names, ["fc", "norm"], tied) == (names[1:], [])
+    assert select_parameters(names, ["head"], tied) == (names[:1], [])
+    assert select_parameters(names, [r"layers\.0\..*"], tied)[0] == names[1:4]
+    assert select_parameters(names, ["head"], {})[1] == ['"head" matches no module and no parameter.']
+    assert "no regular expression" in select_parameters(names, ["(fc"], tied)[1][0]

@@ -167,6 +167,35 @@ def test_full_fine_tuning_writes_a_model(write_recipe, cli, tiny: Path, tmp_path
     assert held_out[-1] < held_out[0]
 
 
+def test_a_part_of_the_model_moves_and_the_rest_keeps_its_bits(
+    write_recipe, cli, tiny: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    part = {"method": "full", "train_only": ["norm", r"model\.layers\.1\.mlp\..*", "lm_head"]}
+    code, _, err = cli("train", write_recipe(adapter=part))
+    assert code == 0, err
+    before = dict(AutoModelForCausalLM.from_pretrained(tiny / "model").named_parameters())
+    after = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").named_parameters())
+    moved = {name for name in before if not before[name].equal(after[name])}
+    mlp = {f"model.layers.1.mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
+    assert moved == {"model.norm.weight", "lm_head.weight"} | mlp
+    params = json.loads((tmp_path / "run" / "params.json").read_text())
+    assert params["trainable"] == sum(before[name].numel() for name in moved)
+    assert params["total"] == sum(parameter.numel() for parameter in before.values())
+    saved = load_file(sorted((tmp_path / "run" / "checkpoints").iterdir())[-1] / "adapter_model.safetensors")
+    assert saved.keys() == moved
+
+
+def test_what_is_trained_only_must_be_there(write_recipe, cli) -> None:
+    part = {"method": "full", "train_only": ["nrom", "model.norm"]}
+    for verb in ("validate", "train", "count-params"):
+        code, out, err = cli(verb, write_recipe(adapter=part))
+        assert code == 2
+        assert "adapter.train_only" in out + err
+        assert '"nrom" matches no module and no parameter. Did you mean "norm"?' in out + err
+
+
 def test_train_also_trains_whole_modules_and_peft_reads_them(
     write_recipe, cli, tiny: Path, tmp_path: Path
 ) -> None:
@@ -376,6 +405,7 @@ class Killed(BaseException):
 RESUMED = {
     "lora": {},
     "full": {"adapter": {"method": "full"}},
+    "part": {"adapter": {"method": "full", "train_only": ["norm", "mlp"]}},
     "adalora": {  # of 12 steps 5 are warm-up, and the ranks are settled after 8
         "adapter": {
             "method": "adalora",
@@ -395,7 +425,7 @@ def test_a_resumed_run_ends_with_the_same_bits(
     method: str, kill_at: int, write_recipe, cli, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = resume_recipe(write_recipe, tiny, **RESUMED[method])
-    product = "model/model.safetensors" if method == "full" else ADAPTER
+    product = "model/model.safetensors" if method in ("full", "part") else ADAPTER
     assert cli("train", recipe, "--output", tmp_path / "straight")[0] == 0
 
     import lorakit.loop
