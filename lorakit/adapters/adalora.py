@@ -26,7 +26,7 @@ from torch import Tensor
 from lorakit.adapters import Adapter, Role, Trained, copy_into
 from lorakit.adapters.lora_files import Factors, write_plain
 from lorakit.errors import LorakitError
-from lorakit.recipe.methods import AdaLora
+from lorakit.recipe.methods import AdaLora, phases
 from lorakit.targets import Target
 
 _ROLES = {".lora_A.": Role.A, ".lora_B.": Role.B, ".lora_E.": Role.SCALE}
@@ -34,11 +34,6 @@ _ROLES = {".lora_A.": Role.A, ".lora_B.": Role.B, ".lora_E.": Role.SCALE}
 
 # ------------------------------------------------------------------------------------------------------------
 # The schedule and the choice: pure functions
-
-
-def phases(total_steps: int, warmup: float, final: float) -> tuple[int, int]:
-    """(steps of warm-up, first step count at which the ranks are settled)."""
-    return round(warmup * total_steps), total_steps - round(final * total_steps)
 
 
 def budget_at(done: int, start: int, settled: int, first: int, last: int) -> int:

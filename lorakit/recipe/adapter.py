@@ -15,6 +15,7 @@ from lorakit.recipe.methods import (
     LoraFa,
     PeftTuner,
     Vera,
+    phases,
 )
 from lorakit.recipe.section import Conflicts, Section, Written
 
@@ -50,7 +51,7 @@ def conflicts(recipe: Any, written: Written) -> Conflicts:
     if adapter.method == "full" and written("model.dtype") == "bf16":
         yield "model.dtype", "full fine-tuning updates fp32 weights (bf16 loses small updates); delete it"
     elif adapter.method == "adalora":
-        yield from _adalora_conflicts(adapter, written)
+        yield from _adalora_conflicts(adapter, recipe.training.max_steps, written)
     elif adapter.method == "delta-lora":
         steps = recipe.training.max_steps
         if isinstance(adapter.start, int) and steps is not None and adapter.start >= steps:
@@ -60,7 +61,7 @@ def conflicts(recipe: Any, written: Written) -> Conflicts:
             )
 
 
-def _adalora_conflicts(adapter: AdaLora, written: Written) -> Conflicts:
+def _adalora_conflicts(adapter: AdaLora, max_steps: int | None, written: Written) -> Conflicts:
     if adapter.target_rank > adapter.init_rank:
         field = "target_rank" if written("adapter.target_rank") is not None else "init_rank"
         message = f"target_rank {adapter.target_rank} is above init_rank {adapter.init_rank}: ranks only fall"
@@ -68,6 +69,11 @@ def _adalora_conflicts(adapter: AdaLora, written: Written) -> Conflicts:
     if adapter.warmup + adapter.final >= 1:
         field = "final" if written("adapter.final") is not None else "warmup"
         yield f"adapter.{field}", "warmup and final together leave no steps to decide on the ranks"
+    elif max_steps is not None and adapter.init_rank > adapter.target_rank:
+        start, settled = phases(max_steps, adapter.warmup, adapter.final)
+        if start >= settled:
+            message = f"{max_steps} steps are too few for AdaLoRA's three phases: warm-up, pruning, final"
+            yield "training.max_steps", message
     if adapter.target_rank == adapter.init_rank:
         for field in ("warmup", "final", "interval", "beta1", "beta2"):
             if written(f"adapter.{field}") is not None:

@@ -160,6 +160,11 @@ class AdaLora(_Layers):
         return self.init_rank
 
 
+def phases(total_steps: int, warmup: float, final: float) -> tuple[int, int]:
+    """(steps of AdaLoRA's warm-up, first step count at which the ranks are settled)."""
+    return round(warmup * total_steps), total_steps - round(final * total_steps)
+
+
 class Vera(_Layers):
     """VeRA: W x + b * B (d * A x). A and B are drawn once, shared by all layers and never trained; d (rank)
     and b (out) of every layer are. Kopiczko et al. 2023, arXiv 2310.11454."""

@@ -262,6 +262,15 @@ def test_state_round_trip_in_the_middle_of_the_schedule() -> None:
         other.load_state({k: v for k, v in one.state().items() if not k.startswith("kept|")})
 
 
+def test_too_few_steps_are_told_before_anything_is_loaded(write_recipe, cli) -> None:
+    adapter = {"method": "adalora", "warmup": 0.5, "final": 0.45}
+    code, out, _ = cli("validate", write_recipe(adapter=adapter, training={"max_steps": 4}))
+    assert code == 2
+    assert "training.max_steps: 4 steps are too few" in out
+    code, _, _ = cli("validate", write_recipe(adapter=adapter, training={"max_steps": 40}))
+    assert code == 0
+
+
 def test_phases_without_steps_are_refused() -> None:
     with pytest.raises(LorakitError, match="too few"):
         attached(built(), section(warmup=0.5, final=0.49), steps=3)
