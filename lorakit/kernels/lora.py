@@ -4,7 +4,8 @@ All A of a group are stacked, so that x is read once for them (q, k and v; gate 
 added into the base layer's output in place. Backwards the gradients of all outputs meet in one buffer: dx =
 sum of dy_i W_i + (s_i dy_i B_i) A_i. Nothing is held but x and x A^T: activations are never copied to fp32,
 and a quantized weight is dequantized when it is read and dropped. A and B stay PEFT's fp32 parameters; they
-are rounded to the dtype of the products as autocast would, and their gradients come back in fp32.
+are rounded to the dtype of the products as autocast would, and their gradients come back in fp32. DoRA's
+rows are rescaled afterwards (dora.py), which holds the outputs, too.
 
 The layers stay PEFT's: only their `forward` is another one for as long as their group is switched on, and it
 gives way to PEFT's own whenever it is asked for something else (a disabled or merged adapter, several
@@ -15,12 +16,14 @@ Shapes: N tokens of all rows, I in, O out, R rank.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
+
+from lorakit.kernels import dora
 
 NAME = "default"  # of the adapter, as PEFT calls one that has no other name
 
@@ -38,30 +41,44 @@ _KINDS = {
 
 
 def is_supported(layer: nn.Module) -> bool:
-    """Whether the fast forward computes what this PEFT layer computes: plain LoRA or AdaLoRA on a frozen
-    Linear, Conv1D or 4-bit layer."""
+    """Whether the fast forward computes what this PEFT layer computes: plain LoRA, AdaLoRA, or DoRA without
+    dropout, on a frozen Linear, Conv1D or 4-bit layer."""
     if (type(layer).__module__, type(layer).__name__) not in _KINDS:
         return False
     adapted: Any = layer
     base = adapted.base_layer
-    alone = list(adapted.lora_A) == [NAME] and not getattr(layer, "lora_variant", {})
+    alone = list(adapted.lora_A) == [NAME] and _is_known(layer)
     biased = not hasattr(layer, "lora_E") and adapted.lora_B[NAME].bias is not None
     frozen = not any(parameter.requires_grad for parameter in base.parameters())
     return alone and not biased and frozen and (type(base) in (nn.Linear, Conv1D) or _is_4bit(base))
+
+
+def _is_known(layer: Any) -> bool:
+    """Whether the layer is no variant, or DoRA: whose dropout would change what the base layer reads, too."""
+    kinds = [type(variant) for variant in getattr(layer, "lora_variant", {}).values()]
+    dropped = any(isinstance(dropout, nn.Dropout) for dropout in layer.lora_dropout.values())
+    return not kinds or ((kinds[0].__module__, kinds[0].__name__) == dora.VARIANT and not dropped)
+
+
+def _magnitude(layer: Any) -> Tensor | None:
+    """(O,) the lengths that DoRA trains; None where the layer is no DoRA."""
+    vectors = getattr(layer, "lora_magnitude_vector", {})
+    found: Tensor | None = vectors[NAME].weight if NAME in vectors else None
+    return found
 
 
 def _is_4bit(base: nn.Module) -> bool:
     return type(base).__name__ == "Linear4bit" and getattr(base, "compute_dtype", None) is not None
 
 
-def dense(base: nn.Module, dtype: torch.dtype) -> Tensor:
-    """(O, I) the weight of a base layer in `dtype`."""
+def dense(base: nn.Module, dtype: torch.dtype | None) -> Tensor:
+    """(O, I) the weight of a base layer in `dtype`; None: in the dtype that it is held in."""
     weight: Any = base.weight
     if _is_4bit(base):
         from bitsandbytes.functional import dequantize_4bit
 
         weight = dequantize_4bit(weight.data, weight.quant_state)
-    found: Tensor = (weight.T if isinstance(base, Conv1D) else weight).detach().to(dtype)
+    found: Tensor = (weight.T if isinstance(base, Conv1D) else weight).detach().to(dtype or weight.dtype)
     return found
 
 
@@ -86,13 +103,18 @@ class Group:
     layers: tuple[Any, ...]
     source: tuple[Any, ...] | None = None  # what was read, its version, the dtype, whether with gradients
     waiting: dict[int, Tensor] = field(default_factory=dict)
+    squares: tuple[Tensor | None, ...] = ()  # of the rows of DoRA's base weights, which are frozen
 
     def switch_on(self) -> None:
+        self.squares = tuple(
+            None if _magnitude(layer) is None else dora.row_squares(dense(layer.base_layer, None))
+            for layer in self.layers
+        )
         for number, layer in enumerate(self.layers):
             layer.forward = self._forward_of(number, layer)
 
     def switch_off(self) -> None:
-        self.source, self.waiting = None, {}
+        self.source, self.waiting, self.squares = None, {}, ()
         for layer in self.layers:
             vars(layer).pop("forward", None)
 
@@ -109,7 +131,7 @@ class Group:
             if self.source is None or self.source[0] is not x or self.source[1:] != now:
                 self.waiting = {}
             if number not in self.waiting:
-                self.waiting = dict(enumerate(outputs(self.layers, x, dtype)))
+                self.waiting = dict(enumerate(outputs(self.layers, x, dtype, self.squares)))
             found = self.waiting.pop(number)
             self.source = (x, *now) if self.waiting else None
             return found
@@ -166,19 +188,37 @@ def groups_of(model: nn.Module, run: Callable[[], object]) -> list[Group]:
 # The function
 
 
-def outputs(layers: Sequence[Any], x: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """What each of `layers` gives for x (..., I), with products in `dtype`: (..., O_i)."""
+def outputs(
+    layers: Sequence[Any], x: Tensor, dtype: torch.dtype, squares: Sequence[Tensor | None] | None = None
+) -> tuple[Tensor, ...]:
+    """What each of `layers` gives for x (..., I), with products in `dtype`: (..., O_i). `squares`: of the
+    rows of their base weights where they are DoRA's."""
     given = [factors(layer) for layer in layers]
     dropouts = [layer.lora_dropout[NAME] for layer in layers]
     rates = [float(d.p) if isinstance(d, nn.Dropout) and d.training else 0.0 for d in dropouts]
     bases = tuple(layer.base_layer for layer in layers)
+    magnitudes = [_magnitude(layer) for layer in layers]
+    biases = tuple(b.bias if m is None else None for b, m in zip(bases, magnitudes, strict=True))
     scales = tuple(scale for _, _, scale in given)
     tensors = [tensor for a, b, _ in given for tensor in (a, b)]
     with torch.autocast(x.device.type, enabled=False):
         found: tuple[Tensor, ...] = _Outputs.apply(  # type: ignore[no-untyped-call]
-            x.to(dtype), bases, scales, tuple(rates), *tensors
+            x.to(dtype), bases, biases, scales, tuple(rates), *tensors
         )
-    return found
+        if squares is None or not any(m is not None for m in magnitudes):
+            return found
+        rows = zip(found, bases, magnitudes, squares, given, strict=True)
+        return tuple(v if m is None else _rescaled(v, base, m, sq, *abs) for v, base, m, sq, abs in rows)
+
+
+def _rescaled(
+    v: Tensor, base: Any, m: Tensor, squares: Tensor | None, a: Tensor, b: Tensor, scale: float
+) -> Tensor:
+    """The output of a DoRA layer from what it is before its rows are rescaled."""
+    assert squares is not None
+    with torch.no_grad():
+        lengths = dora.row_lengths(squares, dense(base, v.dtype), a, b, scale)
+    return dora.rescaled(v, m, lengths, base.bias)
 
 
 class _Outputs(torch.autograd.Function):
@@ -187,6 +227,7 @@ class _Outputs(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         bases: tuple[nn.Module, ...],
+        biases: tuple[Tensor | None, ...],
         scales: tuple[float, ...],
         rates: tuple[float, ...],
         *tensors: Tensor,
@@ -207,8 +248,8 @@ class _Outputs(torch.autograd.Function):
         else:
             down = rows @ stacked.T  # (N, sum of R)
         found = []
-        for base, b, z in zip(bases, scaled, down.split(ranks, dim=1), strict=True):
-            weight, bias = dense(base, x.dtype), cast(Tensor | None, base.bias)
+        for base, bias, b, z in zip(bases, biases, scaled, down.split(ranks, dim=1), strict=True):
+            weight = dense(base, x.dtype)
             y = rows @ weight.T if bias is None else torch.addmm(bias.to(x.dtype), rows, weight.T)
             # Not a view, which a model could not change in place.
             found.append(torch.ops.aten._unsafe_view(y.addmm_(z, b.T), [*x.shape[:-1], len(weight)]))
@@ -261,4 +302,4 @@ class _Outputs(torch.autograd.Function):
         of_a = [None if grad is None else a for a, grad in zip(of_a, grads, strict=True)]
         pairs = (grad for pair in zip(of_a, of_b, strict=True) for grad in pair)
         tensors = [None if grad is None else grad.to(t) for grad, t in zip(pairs, ctx.dtypes, strict=True)]
-        return (None if grad_x is None else grad_x.view_as(x), None, None, None, *tensors)
+        return (None if grad_x is None else grad_x.view_as(x), None, None, None, None, *tensors)

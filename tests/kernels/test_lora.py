@@ -19,7 +19,7 @@ from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lorakit.kernels import lora
+from lorakit.kernels import dora, lora
 
 I = 64  # noqa: E741  (a block of NF4: some CPUs read other widths wrongly)
 
@@ -79,7 +79,7 @@ def parallel(
         config = AdaLoraConfig(**shared, init_r=ranks[0], target_r=1, total_step=100)
     else:
         patterns = {"rank_pattern": dict(zip(targets, ranks, strict=True)), "alpha_pattern": {"part0": 3.0}}
-        config = LoraConfig(**shared, **patterns, use_rslora=stabilized)
+        config = LoraConfig(**shared, **patterns, use_rslora=stabilized, use_dora=method == "dora")
     model = get_peft_model(model, config).get_base_model().train()
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -190,7 +190,7 @@ def test_adalora_in_fp64() -> None:
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("kind", ["linear", "bias", "conv1d", "nf4_double"])
-@pytest.mark.parametrize("method", ["lora", "adalora"])
+@pytest.mark.parametrize("method", ["lora", "adalora", "dora"])
 def test_bf16_rounds_no_more_than_peft(method: str, kind: str, stored: torch.dtype) -> None:
     """Under autocast, of a base stored in bf16 or fp32 (or 4 bits); trained in fp32."""
     model, group = parallel(kind, (4, 4), method=method)
@@ -229,10 +229,72 @@ def exactly(model: Any) -> Forward:
                 a, scale = a * layer.lora_E["default"], scale / (layer.ranknum["default"].item() + 1e-5)
             else:
                 a, b = a.weight, b.weight
-            outputs.append(x @ weight.T + (0 if bias is None else bias) + scale * (x @ a.T) @ b.T)
+            y, factor = x @ weight.T + scale * (x @ a.T) @ b.T, 1.0
+            if method_of(layer) == "dora":  # equation 5, the norm a constant
+                lengths = (weight + scale * b @ a).norm(dim=1).detach()
+                factor = layer.lora_magnitude_vector["default"].weight / lengths
+            outputs.append(factor * y + (0 if bias is None else bias))
         return outputs
 
     return forward
+
+
+def method_of(layer: Any) -> str:
+    return "dora" if layer.use_dora.get("default") else "adalora" if hasattr(layer, "lora_E") else "lora"
+
+
+@given(
+    kind=st.sampled_from(["linear", "bias", "conv1d"]),
+    ranks=st.lists(st.integers(1, 5), min_size=1, max_size=3),
+    stabilized=st.booleans(),
+    shape=st.sampled_from([(1,), (7,), (2, 3, 2), (0,)]),
+    leaf=st.booleans(),
+)
+@settings(max_examples=30, deadline=None, derandomize=True)
+def test_dora_is_its_equation_and_what_peft_computes(
+    kind: str, ranks: list[int], stabilized: bool, shape: tuple[int, ...], leaf: bool
+) -> None:
+    model, group = parallel(kind, ranks, stabilized, method="dora")
+    model.double()
+    x = tokens(*shape, dtype=torch.float64, leaf=leaf)
+    found = compare(model, group, x, 1e-12)
+    check(found, observed(model, x, forward=exactly(model)), 1e-12)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nf4_double"])
+def test_dora_on_quantized_bases(kind: str) -> None:
+    compare(*parallel(kind, method="dora"), tokens(3, 4))
+
+
+def test_rows_of_zeros_stay_zero_under_dora() -> None:
+    """PEFT divides zero by zero there."""
+    model, group = parallel("bias", (2,), method="dora")
+    layer = group.layers[0]
+    with torch.no_grad():
+        layer.base_layer.weight[1] = 0
+        layer.lora_B["default"].weight[1] = 0
+        layer.lora_magnitude_vector["default"].weight[1] = 0
+    group.switch_on()
+    x = tokens(6)
+    assert torch.equal(model(x)[0][:, 1], layer.base_layer.bias[1].expand(6))
+    group.switch_off()
+    assert model(x)[0][:, 1].isnan().all()
+
+
+def test_dora_in_bf16_starts_at_the_base() -> None:
+    """B = 0 and m the lengths of the rows: the output is the base's, bit for bit."""
+    model, group = parallel("linear", (4, 4), method="dora")
+    x = tokens(20, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for layer in group.layers:
+            layer.base_layer.to(torch.bfloat16)
+            layer.lora_B["default"].weight.zero_()
+            squares = dora.row_squares(layer.base_layer.weight)
+            layer.lora_magnitude_vector["default"].weight.copy_(squares.sqrt())
+    wanted = [layer.base_layer(x) for layer in group.layers]
+    with torch.autocast("cpu", torch.bfloat16):
+        group.switch_on()
+        assert all(map(torch.equal, model(x), wanted))
 
 
 def test_gradcheck() -> None:

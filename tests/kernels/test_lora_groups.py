@@ -233,7 +233,8 @@ def adapted(layer: nn.Module, **options: Any) -> Any:
 def test_what_is_supported() -> None:
     assert lora.is_supported(adapted(nn.Linear(8, 8)))
     assert not lora.is_supported(nn.Linear(8, 8))
-    assert not lora.is_supported(adapted(nn.Linear(8, 8), use_dora=True))
+    assert lora.is_supported(adapted(nn.Linear(8, 8), use_dora=True))
+    assert not lora.is_supported(adapted(nn.Linear(8, 8), use_dora=True, lora_dropout=0.1))
     assert not lora.is_supported(adapted(nn.Linear(8, 8), lora_bias=True))
     assert not lora.is_supported(adapted(nn.Linear(8, 8, bias=True), bias="all"))
     assert not lora.is_supported(adapted(nn.Embedding(8, 8)))
