@@ -187,6 +187,19 @@ def test_a_part_of_the_model_moves_and_the_rest_keeps_its_bits(
     assert saved.keys() == moved
 
 
+def test_lora_plus_is_told_and_continued_as_decided(write_recipe, cli, tmp_path: Path) -> None:
+    """What `lora+` became stands in resolved.yaml, which continues the run."""
+    code, _, err = cli("train", write_recipe(optimizer={"lr": 1e-3, "lr_ratio": "lora+"}))
+    assert code == 0
+    assert "optimizer.lr_ratio: 4.0 (LoRA+ where B starts at zero" in err
+    resolved = tmp_path / "run" / "resolved.yaml"
+    from lorakit.recipe import load_recipe
+
+    assert load_recipe(resolved).optimizer.lr_ratio == 4.0
+    code, _, err = cli("train", resolved, "--resume", "auto")
+    assert code == 0, err
+
+
 def test_what_is_trained_only_must_be_there(write_recipe, cli) -> None:
     part = {"method": "full", "train_only": ["nrom", "model.norm"]}
     for verb in ("validate", "train", "count-params"):

@@ -41,7 +41,7 @@ class _Layers(_Method):
     head."""
 
 
-class _Factors(_Layers):
+class _Product(_Layers):
     """A method whose update is a product of A (rank, in) and B (out, rank)."""
 
     rank: Rank = 16
@@ -56,6 +56,10 @@ class _Factors(_Layers):
 
     init: Literal["default", "gaussian"] = "default"
     """How A starts (B is zero). default: Kaiming-uniform; gaussian: N(0, 1/rank^2)."""
+
+
+class _Factors(_Product):
+    """One whose layers may differ in rank and alpha."""
 
     rank_pattern: dict[str, Rank] = {}
     """Other ranks for some layers: module name or regular expression -> rank. The last match counts."""
@@ -201,12 +205,12 @@ class DeltaLora(_Factors):
     paper)."""
 
 
-class LoraDrop(_Factors):
+class LoraDrop(_Product):
     """LoRA-drop: LoRA is first trained on a sample of the data; layers are ranked by the square of what their
     adapter adds to their output; those that make up `threshold` of the sum keep an adapter of their own, the
     others share one per kind of module. Then all is trained anew. Zhou et al. 2024, arXiv 2402.07721."""
 
-    lacks = {"rank_pattern": "layers that share an adapter must have one rank"}
+    lacks = dict.fromkeys(("rank_pattern", "alpha_pattern"), "layers that share an adapter have one rank")
 
     method: Literal["lora-drop"]
     """How the weights move."""

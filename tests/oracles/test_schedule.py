@@ -120,6 +120,13 @@ def test_b_alone_learns_at_its_own_rate(lr_ratio: float) -> None:
             assert group_of(optimizer, item)["lr"] == (lr * lr_ratio if name == "b" else lr), name
 
 
+def test_lora_plus_by_name_is_a_ratio_of_four() -> None:
+    trained = one_of_each()
+    optimizer = optim.build(AdamW(lr=PEAK, lr_ratio="lora+"), list(trained.values()))
+    ratios = {name: group_of(optimizer, item)["lr_ratio"] for name, item in trained.items()}
+    assert ratios == {name: 4.0 if name == "b" else 1.0 for name in trained}
+
+
 @pytest.mark.parametrize("lr_ratio", [1.0, 4.0])
 def test_matrices_alone_decay_and_by_their_own_learning_rate(lr_ratio: float) -> None:
     """With gradients of zero, a step of AdamW is its decay and nothing else."""

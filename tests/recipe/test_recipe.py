@@ -272,6 +272,19 @@ METHODS = (
     ' or "peft"'
 )
 UNKNOWN = [
+    (
+        "adapter: {method: lora-fa, dropout: 0.1}",
+        "4:28",
+        "adapter.dropout",
+        'not a field of method "lora-fa": LoRA-FA keeps A x alone for the backward pass; dropout would need x'
+        " and its mask",
+    ),
+    (
+        "adapter: {method: lora-drop, rank_pattern: {q_proj: 4}}",
+        "4:30",
+        "adapter.rank_pattern",
+        'not a field of method "lora-drop": layers that share an adapter have one rank',
+    ),
     ("optimiser: {lr: 1}", "4:1", "optimiser", 'not a section. Did you mean "optimizer"?'),
     (
         "zzz: 1",
@@ -523,6 +536,27 @@ CONFLICTS = [
         "5:20",
         "optimizer.lr_ratio",
         "no effect without an adapter (method: full); delete it",
+    ),
+    *[
+        (MINIMAL + f"adapter: {{{section}}}\noptimizer: {{lr: 1, lr_ratio: lora+}}\n", *told)
+        for section, *told in (
+            ("method: lora-fa", "5:20", "optimizer.lr_ratio", "here A does not move: write optimizer.lr"),
+            ("method: vera", "5:20", "optimizer.lr_ratio", "here neither moves: write optimizer.lr"),
+            ("method: adalora", "5:20", "optimizer.lr_ratio", "says nothing on AdaLoRA's factors"),
+            ("method: peft, type: OFT", "5:20", "optimizer.lr_ratio", "which parameters of OFT are B"),
+        )
+    ],
+    (
+        MINIMAL + "adapter: {method: adalora, init_rank: 4, target_rank: 8}\n",
+        "4:42",
+        "adapter.target_rank",
+        "target_rank 8 is above init_rank 4: ranks only fall",
+    ),
+    (
+        MINIMAL + "adapter: {method: delta-lora, start: 20}\ntraining: {max_steps: 20}\n",
+        "4:31",
+        "adapter.start",
+        "20 steps before W follows do not fit into max_steps: 20",
     ),
     (
         "model: {path: m, dtype: bf16}\nadapter: {method: full}\ndata: {train: d}\noutput: o\n",
