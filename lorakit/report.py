@@ -10,6 +10,7 @@ from typing import Any
 
 from lorakit import __version__
 from lorakit.adapters import Adapter, Role, Trained
+from lorakit.picture import RANKS, column_names, rank_cells
 from lorakit.plan import Plan
 from lorakit.recipe import Recipe
 from lorakit.targets import modules_above
@@ -81,34 +82,23 @@ def parameters_markdown(params: dict[str, Any]) -> str:
         rank = m["rank"] if m["rank"] or "init_rank" in m else "whole"
         initial = f" {m.get('init_rank', '')} |" if changes else ""
         lines.append(f"| {m['name']} | {m['in']:,} | {m['out']:,} | {rank} |{initial} {m['trainable']:,} |")
-    if changes:
-        lines += ["", "Ranks, layer by module:", "", *rank_table(params)]
+    if rank_cells(params):
+        lines += ["", f"![Ranks, layer by module]({RANKS})", "", "Ranks, layer by module:", ""]
+        lines += rank_table(params)
     return "\n".join(lines) + "\n"
 
 
 def rank_table(params: dict[str, Any]) -> list[str]:
     """Markdown lines: a row for every layer number, a column for every module name, the rank in the cell."""
-    cells: dict[str, dict[str, int]] = {}
-    ranks = {_place(module["name"]): module["rank"] for module in params["modules"] if "init_rank" in module}
-    stacks = {stack for stack, _, _ in ranks} - {""}
-    for (stack, layer, name), rank in ranks.items():
-        row = f"{stack}.{layer}" if stack and len(stacks) > 1 else layer
-        cells.setdefault(row, {})[name] = rank
-    names = list(dict.fromkeys(name for row in cells.values() for name in row))
-    rows = [[layer, *(str(row.get(name, "")) for name in names)] for layer, row in cells.items()]
-    sums = ["sum", *(str(sum(row.get(name, 0) for row in cells.values())) for name in names)]
+    cells = rank_cells(params)
+    names = column_names(cells)
+    rows = [
+        [layer, *(str(row[name]["rank"]) if name in row else "" for name in names)]
+        for layer, row in cells.items()
+    ]
+    sums = [str(sum(row[name]["rank"] for row in cells.values() if name in row)) for name in names]
     head = ["layer", *names]
-    return ["| " + " | ".join(row) + " |" for row in (head, ["---:"] * len(head), *rows, sums)]
-
-
-def _place(name: str) -> tuple[str, str, str]:
-    """("model.layers", "3", "self_attn.q_proj") of model.layers.3.self_attn.q_proj."""
-    parts = name.split(".")
-    numbers = [index for index, part in enumerate(parts) if part.isdigit()]
-    if not numbers:
-        return "", "-", name
-    at = numbers[0]
-    return ".".join(parts[:at]), parts[at], ".".join(parts[at + 1 :])
+    return ["| " + " | ".join(row) + " |" for row in (head, ["---:"] * len(head), *rows, ["sum", *sums])]
 
 
 def _share(params: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """The run directory: one place, one writer, and files that are either whole or not there.
 
 <output>/ recipe.yaml resolved.yaml run.json metrics.jsonl data.md params.json params.md adapter/ checkpoints/
-          .lock; a stream's journal: stream.jsonl
+          .lock; a stream's journal: stream.jsonl; where ranks are decided: ranks.svg
 """
 
 import contextlib

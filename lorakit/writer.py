@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from lorakit import __version__, checkpoint, optim, report, runs
+from lorakit import __version__, checkpoint, optim, picture, report, runs
 from lorakit.adapters import Adapter
 from lorakit.data.tokens import TokenData
 from lorakit.devices import peak_bytes
@@ -81,7 +81,7 @@ def begin(
     continued: Path | None,
 ) -> None:
     """Forget what lies past the point to continue from, and say what will be done: run.json first, then
-    recipe.yaml, resolved.yaml, data.md (the account of the rows), params.json and params.md."""
+    recipe.yaml, resolved.yaml, data.md (the account of the rows), params.json, params.md, ranks.svg."""
     at = checkpoint.step_of(continued) if continued else -1
     for later in checkpoint.folders(run.checkpoints):
         if checkpoint.step_of(later) > at:
@@ -118,7 +118,14 @@ def begin(
     fields = {name: d.value for name, d in plan.decisions.items() if not name.startswith("fast.")}
     run.write("resolved.yaml", dump(recipe, fields))
     run.write("data.md", report.account_markdown(account))
+    _write_parameters(run, params)
+
+
+def _write_parameters(run: runs.Run, params: dict[str, Any]) -> None:
+    """params.json, params.md and, where the method decides the ranks, the picture that it shows."""
     run.write("params.json", report.as_json(params))
+    if picture.rank_cells(params):
+        run.write(picture.RANKS, picture.rank_heat_map(params))
     run.write("params.md", report.parameters_markdown(params))
 
 
@@ -245,8 +252,7 @@ class Writer:
         """What the ranks became, where a method decides them: settled ranks are those of adapter/ too."""
         assert self.run is not None
         self.params = report.parameters(self.adapter, self.params["total"] - self.params["trainable"])
-        self.run.write("params.json", report.as_json(self.params))
-        self.run.write("params.md", report.parameters_markdown(self.params))
+        _write_parameters(self.run, self.params)
         self.run.append_metrics({"step": state.step, "ranks": self.adapter.ranks()})
 
     def _provenance(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 LEVELS = [
     {"errors", "terminal"},
     {"recipe", "shipped"},
-    {"shapes"},
+    {"shapes", "picture"},
     {"targets"},
     {"plan"},
     {"kernels", "layers", "micro_batch"},

@@ -1,0 +1,214 @@
+"""Ranks as a picture: a heat map, layer by module, of a run whose method decides where its ranks go.
+
+SVG written by hand: nothing to install, no script, no font but the reader's own, nothing of it elsewhere. It
+paints its own ground, light or dark as the reader's system is. Layers are rows, one below the other, and the
+names of the columns come again every REPEAT rows, so that hundreds of layers read as three do.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+from xml.sax.saxutils import escape
+
+from lorakit.terminal import harmless
+
+Entry = Mapping[str, Any]  # one of params.json's modules
+Cells = dict[str, dict[str, Entry]]  # layer -> name of the module within it -> its entry
+
+RANKS = "ranks.svg"  # its name in a run
+
+# Pixels.
+HEIGHT, GAP, MARGIN = 20, 2, 16
+LETTER = 7.4  # the widest that a system's letters of 12 px come out at on average
+REPEAT = 40  # rows between two lines of names
+LEGEND = 9  # ranks in the legend, at most
+
+RAMP = ((0.0, (226, 238, 249)), (0.5, (74, 144, 205)), (1.0, (8, 48, 107)))
+BLACK_FROM = 0.18  # luminance from which black reads better than white: at least 4.5 : 1 on either side
+STYLE = """\
+text { font: 12px system-ui, sans-serif; fill: #1f2328 }
+.title { font-weight: 600; font-size: 14px }
+.ground { fill: #ffffff }
+.none { fill: none; stroke: #8b949e; stroke-dasharray: 3 2 }
+.shared { fill: none; stroke: #4a90cd }
+.name, .cell { text-anchor: middle }
+.layer { text-anchor: end }
+@media (prefers-color-scheme: dark) {
+text { fill: #e6edf3 }
+.ground { fill: #0d1117 }
+}
+text.black { fill: #000000 }
+text.white { fill: #ffffff }"""
+
+
+def rank_cells(params: Mapping[str, Any]) -> Cells:
+    """The layers whose ranks the method decides, by layer number and name within the layer, in the order of
+    params.json. Where a model has several stacks of layers, the stack's name stands before the number."""
+    modules = params["modules"]
+    shares = any("shared_with" in entry for entry in modules)
+    decided = [entry for entry in modules if "init_rank" in entry or (shares and entry["rank"])]
+    places = [_place(entry["name"]) for entry in decided]
+    several = len({stack for stack, _, _ in places} - {""}) > 1
+    cells: Cells = {}
+    for (stack, layer, name), entry in zip(places, decided, strict=True):
+        row = f"{stack}.{layer}" if stack and several else layer
+        cells.setdefault(row, {})[name] = entry
+    return cells
+
+
+def column_names(cells: Cells) -> list[str]:
+    """The modules that any layer has, in order of their first appearance."""
+    return list(dict.fromkeys(name for row in cells.values() for name in row))
+
+
+def _place(name: str) -> tuple[str, str, str]:
+    """("model.layers", "3", "self_attn.q_proj") of model.layers.3.self_attn.q_proj."""
+    parts = name.split(".")
+    numbers = [index for index, part in enumerate(parts) if part.isdigit()]
+    if not numbers:
+        return "", "-", name
+    at = numbers[0]
+    return ".".join(parts[:at]), parts[at], ".".join(parts[at + 1 :])
+
+
+def rank_heat_map(params: Mapping[str, Any]) -> str:
+    """An SVG document of the ranks in `params` (the content of params.json). Every cell has its rank in it
+    and the module's whole name as a tooltip; layers that share one adapter are outlined, not filled."""
+    cells = rank_cells(params)
+    names, shared = column_names(cells), _shared(cells)
+    top = max((entry["rank"] for row in cells.values() for entry in row.values()), default=0)
+    widths = [max(46.0, LETTER * max(map(len, _two_lines(name))) + 10) for name in names]
+    left = MARGIN + LETTER * max([len("layer"), *map(len, cells)]) + 8
+    starts = [left + sum(widths[:index]) for index in range(len(names) + 1)]
+    drawn, y = [*_legend(cells, top, bool(shared), MARGIN, MARGIN + 26)], float(MARGIN + 56)
+    for number, (layer, row) in enumerate(cells.items()):
+        if number % REPEAT == 0:
+            drawn += _head(names, starts, widths, left, y)
+            y += 2 * HEIGHT
+        drawn.append(_text(left - 8, y, layer, "layer"))
+        for column, name in enumerate(names):
+            if name in row:
+                place = (starts[column], y, widths[column])
+                drawn += _cell(place, row[name], top, row[name]["name"] in shared)
+        y += HEIGHT
+    drawn.append(_text(left - 8, y + 4, "sum", "layer"))
+    for name, start, width in zip(names, starts, widths, strict=False):
+        ranks = [row[name]["rank"] for row in cells.values() if name in row]
+        drawn.append(_text(start + width / 2, y + 4, f"{sum(ranks):,}", "name"))
+    right, bottom = max(starts[-1], MARGIN + (740 if shared else 440)) + MARGIN, y + 4 + HEIGHT + MARGIN
+    size = f'viewBox="0 0 {right:.0f} {bottom:.0f}" width="{right:.0f}" height="{bottom:.0f}"'
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" role="img" {size}>',
+            f"<title>{_title(cells)}</title>",
+            f"<style>\n{STYLE}\n</style>",
+            '<rect class="ground" width="100%" height="100%" rx="6"/>',
+            _text(MARGIN, MARGIN, _title(cells), "title"),
+            *drawn,
+            "</svg>\n",
+        ]
+    )
+
+
+def _title(cells: Cells) -> str:
+    entries = [entry for row in cells.values() for entry in row.values()]
+    total = sum(entry["rank"] for entry in entries)
+    mean = total / len(entries) if entries else 0.0
+    return f"Ranks, layer by module: {mean:.3g} on average over {len(entries):,} layers"
+
+
+def _shared(cells: Cells) -> set[str]:
+    """Names of the layers whose adapter is that of other layers too, the one that they name among them."""
+    pairs = [
+        (entry["name"], entry["shared_with"])
+        for row in cells.values()
+        for entry in row.values()
+        if entry.get("shared_with")
+    ]
+    return {name for pair in pairs for name in pair}
+
+
+def _legend(cells: Cells, top: int, shared: bool, x: float, y: float) -> Iterator[str]:
+    """Squares of the ranks that there are, or of LEGEND of them from 0 to `top` where there are more."""
+    ranks = sorted({entry["rank"] for row in cells.values() for entry in row.values()})
+    if len(ranks) > LEGEND:
+        ranks = [round(index * top / (LEGEND - 1)) for index in range(LEGEND)]
+    yield _text(x, y, "rank", "key")
+    x += 40
+    for rank in ranks:
+        yield from _square((x, y, 40), rank, top, False, "")
+        x += 40
+    if shared:
+        yield from _square((x + 12, y, 40), None, top, True, "")
+        yield _text(x + 58, y, "one adapter for all of its kind", "key")
+
+
+def _head(
+    names: Sequence[str], starts: Sequence[float], widths: Sequence[float], left: float, y: float
+) -> Iterator[str]:
+    """The names of the columns, in two lines: what a module is in (when that changes), and what it is."""
+    yield _text(left - 8, y + HEIGHT, "layer", "layer")
+    before = ""
+    for name, start, width in zip(names, starts, widths, strict=False):
+        above, below = _two_lines(name)
+        if above != before:
+            yield _text(start + GAP, y, above, "above")
+        before = above
+        yield _text(start + width / 2, y + HEIGHT, below, "name")
+
+
+def _two_lines(name: str) -> tuple[str, str]:
+    above, _, below = name.rpartition(".")
+    return above, below
+
+
+def _cell(place: tuple[float, float, float], entry: Entry, top: int, shared: bool) -> Iterator[str]:
+    told = f"{entry['name']}: rank {entry['rank']}"
+    if "init_rank" in entry:
+        told += f" of {entry['init_rank']}"
+    if shared:
+        told += ", shared"
+    yield from _square(place, entry["rank"], top, shared, told)
+
+
+def _square(
+    place: tuple[float, float, float], rank: int | None, top: int, shared: bool, told: str
+) -> Iterator[str]:
+    """A rectangle at (x, y, width) with the rank in it; outlined where there is nothing to colour."""
+    x, y, width = place
+    box = f'x="{x + GAP / 2:.1f}" y="{y + GAP / 2:.1f}" width="{width - GAP:.1f}" height="{HEIGHT - GAP}"'
+    yield f"<g><title>{_safe(told)}</title>" if told else "<g>"
+    if shared or not rank:
+        yield f'<rect class="{"shared" if shared else "none"}" {box} rx="3"/>'
+        ink = ""
+    else:
+        colour = _colour(rank / top)
+        yield f'<rect fill="#{bytes(colour).hex()}" {box} rx="3"/>'
+        ink = " black" if _luminance(colour) >= BLACK_FROM else " white"
+    if rank is not None:
+        yield _text(x + width / 2, y, str(rank), f"cell{ink}")
+    yield "</g>"
+
+
+def _colour(share: float) -> tuple[int, int, int]:
+    """RAMP at `share` of the largest rank, in (0, 1]."""
+    (low, start), (high, end) = RAMP[:2] if share <= RAMP[1][0] else RAMP[1:]
+    part = (share - low) / (high - low)
+    red, green, blue = (round(a + part * (b - a)) for a, b in zip(start, end, strict=True))
+    return red, green, blue
+
+
+def _luminance(colour: Sequence[int]) -> float:
+    """Relative luminance of an sRGB colour, 0 to 1 (WCAG 2)."""
+    shares = [value / 255 for value in colour]
+    linear = [share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4 for share in shares]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def _text(x: float, y: float, text: str, kind: str) -> str:
+    """A line of text in the row that begins at `y`."""
+    return f'<text class="{kind}" x="{x:.1f}" y="{y + HEIGHT * 0.7:.1f}">{_safe(text)}</text>'
+
+
+def _safe(text: str) -> str:
+    """`text` as XML holds it: control characters spelled out, markup escaped."""
+    return escape(harmless(text))
