@@ -43,7 +43,7 @@ quickstart: setup ## Train, merge and compare a tiny model: what lorakit does, i
 	@echo '                   lorakit recipes list'
 
 test: setup ## Set up, then run the tests (no GPU, no model hub)
-	$(BIN)/python -m pytest -m "not slow" -q
+	$(BIN)/python -m pytest -m "not slow" -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: setup ## The tests that take long
 	$(BIN)/python -m pytest -m slow -q

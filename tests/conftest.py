@@ -26,6 +26,14 @@ SHARED = ROOT.parent / "shared"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real data beside the checkout")
 
 
+LONGEST_FILES = ("test_readme.py", "test_real_data.py", "test_wheel.py", "test_ranks.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest first, or one of two workers would wait for the other at the end."""
+    items.sort(key=lambda item: item.path.name not in LONGEST_FILES)
+
+
 def load_script(name: str) -> Any:
     """A module from scripts/."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
