@@ -24,6 +24,7 @@ METHODS = {  # name -> module:class, imported on use
     "lora-fa": "lorakit.adapters.lora:LoraAdapter",
     "adalora": "lorakit.adapters.adalora:AdaLoraAdapter",
     "delta-lora": "lorakit.adapters.delta_lora:DeltaLoraAdapter",
+    "vera": "lorakit.adapters.vera:VeraAdapter",
     "full": "lorakit.adapters.full:FullAdapter",
 }
 
