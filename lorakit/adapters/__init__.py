@@ -23,8 +23,8 @@ METHODS = {  # name -> module:class, imported on use
     "dora": "lorakit.adapters.lora:LoraAdapter",
     "lora-fa": "lorakit.adapters.lora:LoraAdapter",
     "adalora": "lorakit.adapters.adalora:AdaLoraAdapter",
-    "delta-lora": "lorakit.adapters.delta_lora:DeltaLoraAdapter",
     "vera": "lorakit.adapters.vera:VeraAdapter",
+    "delta-lora": "lorakit.adapters.delta_lora:DeltaLoraAdapter",
     "full": "lorakit.adapters.full:FullAdapter",
 }
 
