@@ -28,6 +28,11 @@ class AdapterFile:
     whole: Mapping[str, Mapping[str, Shape]]  # module trained whole -> parameter -> shape
 
     @property
+    def method(self) -> str:
+        """lora or dora, whose tensors are read alike."""
+        return "dora" if self.config.get("use_dora") else "lora"
+
+    @property
     def scaling(self) -> str:
         return "rank_stabilized" if self.config.get("use_rslora") else "standard"
 

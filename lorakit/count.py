@@ -15,7 +15,7 @@ from typing import Any
 from lorakit import model_files
 from lorakit.adapter_file import AdapterFile, read
 from lorakit.errors import LorakitError, RecipeError
-from lorakit.plan import check_start, choose_targets
+from lorakit.plan import check_kind_of_start, check_start, choose_targets
 from lorakit.recipe import Recipe, default_recipe, is_hub_id, load_recipe
 from lorakit.recipe.methods import TRAITS
 from lorakit.recipe.model import Model
@@ -140,6 +140,8 @@ def _of_method(recipe: Recipe, shapes: Shapes) -> list[Entry]:
     if getattr(section, "start_from", None) is None:
         targets = choose_targets(recipe, shapes.layers)
     else:
+        if odd := check_kind_of_start(recipe):
+            raise RecipeError(odd)
         saved = read(Path(section.start_from))
         targets = saved.targets(shapes.layers)
         if found := check_start(recipe, shapes.layers, targets, saved.scaling, whole, saved.train_also):
@@ -189,7 +191,7 @@ def _of_adapter(folder: Path, base: str | Path | None) -> Count:
     home = _base_of(saved, base)
     shapes = model_files.shapes(home)
     ranks = sorted({target.rank for target in saved.targets(shapes.layers)})
-    words = f"{folder}: lora, rank {', '.join(map(str, ranks))}"
+    words = f"{folder}: {saved.method}, rank {', '.join(map(str, ranks))}"
     about = (("model", f"{home}: {shapes.num_parameters:,} parameters"), ("adapter", words))
     return Count(_params(_in_order(_entries_of(saved, shapes), shapes), shapes.num_parameters), about)
 

@@ -1,4 +1,4 @@
-"""Fold an adapter into its base: W' = W + scale * B A, added in fp32, rounded once, and proved.
+"""Fold an adapter into its base: for LoRA W' = W + scale * B A, computed in fp32, rounded once, and proved.
 
 Works on the files: what the adapter does not touch is copied as it is, what it touches keeps the dtype that
 it has in its file. A base that was trained in 4 or 8 bits is first dequantized, because that is what the
@@ -143,7 +143,7 @@ def _merge(
     told = _name(everywhere) if everywhere else f"the base's own dtype ({_name(coarsest)})"
     trained_on = saved.provenance.get("base", {}).get("fingerprint", opened.base.fingerprint)
     other = "" if trained_on == opened.base.fingerprint else str(opened.folder)
-    return Merged(output, len(opened.contents.factors), size, told, parity, other)
+    return Merged(output, len(opened.contents.changes), size, told, parity, other)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -151,15 +151,15 @@ def _merge(
 
 
 def write_weights(opened: Opened, everywhere: torch.dtype | None, staged: Path) -> dict[str, torch.dtype]:
-    """The base's weight files with the update in them, file by file; returns the dtypes of what changed.
+    """The base's weight files with the adapter in them, file by file; returns the dtypes of what changed.
 
     A tensor that the adapter or quantization changes is computed in fp32 and rounded once.
     """
     contents = opened.contents
     assert contents is not None
-    updates = {f"{item.target.layer.name}.weight": item for item in contents.factors}
+    changes = contents.changes
     files = model_files.weight_files(opened.folder)
-    outputs = layout(opened, {*updates, *contents.whole, *opened.dequantized}, keys_of(files))
+    outputs = layout(opened, {*changes, *contents.whole, *opened.dequantized}, keys_of(files))
     dtypes: dict[str, torch.dtype] = {}
     index: dict[str, str] = {}
     for path in track(files, "merging", total=len(files)):
@@ -176,7 +176,7 @@ def write_weights(opened: Opened, everywhere: torch.dtype | None, staged: Path) 
                     if weight.shape != old.shape:
                         shapes = f"{tuple(weight.shape)} in the adapter, {tuple(old.shape)} in the base"
                         raise LorakitError(f"{name} is {shapes}")
-                    weight = weight + updates[name].update() if name in updates else weight
+                    weight = changes[name](weight) if name in changes else weight
                     tensors[key], dtypes[name] = weight.to(dtype), dtype
         write_tensors(staged / path.name, tensors)
         index |= dict.fromkeys(tensors, path.name)
@@ -266,9 +266,7 @@ def _ends(opened: Opened) -> tuple[str, str]:
 def _comes_apart(opened: Opened) -> bool:
     """Whether the two ends share their weights in the base, and will not any more."""
     assert opened.contents is not None
-    changed = {f"{item.target.layer.name}.weight" for item in opened.contents.factors} | {
-        *opened.contents.whole
-    }
+    changed = opened.contents.changes.keys() | opened.contents.whole.keys()
     return bool(opened.base.config.get_text_config().tie_word_embeddings and changed & set(_ends(opened)))
 
 

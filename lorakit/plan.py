@@ -4,6 +4,7 @@ Facts are what a recipe cannot know: how the weights are stored, what the device
 are.
 """
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -91,7 +92,25 @@ def check(recipe: Recipe) -> list[Problem]:
     start = getattr(recipe.adapter, "start_from", None)
     if start is not None and not (Path(start) / "adapter_config.json").is_file():
         problems.append(recipe.problem("adapter.start_from", f"no adapter directory: {start}"))
-    return problems
+    return problems + check_kind_of_start(recipe)
+
+
+def check_kind_of_start(recipe: Recipe) -> list[Problem]:
+    """Where start_from is a DoRA and the method is not, or the other way round. An unreadable file is left to
+    its reader."""
+    method, start = recipe.adapter.method, getattr(recipe.adapter, "start_from", None)
+    try:
+        config = json.loads((Path(start or "") / "adapter_config.json").read_text())
+        is_dora = bool(config.get("use_dora", False))
+    except (OSError, ValueError, AttributeError):
+        return []
+    if is_dora == (method == "dora"):
+        return []
+    if is_dora:
+        message = f"{start} is a DoRA, whose lengths of rows {method} does not have; write method: dora"
+    else:
+        message = f"{start} has no lengths of rows, as DoRA needs; write method: lora, or merge it first"
+    return [recipe.problem("adapter.start_from", message)]
 
 
 def choose_targets(recipe: Recipe, layers: Sequence[Layer]) -> list[Target]:

@@ -1,19 +1,22 @@
 """Is a merged model the base with its adapter? Two answers, by ways that the merge did not go.
 
-Tensors: every tensor of the merged model, as transformers reads it back, against the one in memory plus what
-PEFT says the adapter adds, element by element. Only rounding to the file's dtype is let pass: this is the
-proof. Logits: how far the two models are apart on text, both computed in fp32: this is the price of rounding.
+Tensors: every tensor of the merged model, as transformers reads it back, against what PEFT makes of the one
+in memory, element by element. Only rounding to the file's dtype is let pass: this is the proof. Logits: how
+far the two models are apart on text, both computed in fp32: this is the price of rounding.
 """
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from lorakit.saved import Opened
+from lorakit.targets import modules_above
 from lorakit.terminal import track
 
 _TEXTS = (
@@ -40,44 +43,55 @@ class Parity:
 
 @torch.no_grad()
 def different_tensor(opened: Opened, merged: Any, dtypes: dict[str, torch.dtype], others: torch.dtype) -> str:
-    """The first tensor of `merged` that is not base plus adapter, with what is wrong, or the empty string.
+    """The first tensor of `merged` that is not base and adapter, with what is wrong, or the empty string.
 
     `merged`: the model read back, in fp32. `dtypes`: what each changed parameter was rounded to; `others`:
     all others.
     """
-    wanted, written = _expected(opened), merged.state_dict()
-    if odd := sorted(wanted.keys() ^ written.keys()):
+    layers = {n: m for n, m in opened.base.model.named_modules() if isinstance(m, BaseTunerLayer)}
+    before, written = _plain_names(opened.base.model, layers), merged.state_dict()
+    if odd := sorted(before.keys() ^ written.keys()):
         return f"{odd[0]} is in one of the two only"
-    for name, (base, update) in track(wanted.items(), "comparing tensors", total=len(wanted)):
-        value = base.float() if update is None else base.float() + update.float()
+    for name, base in track(before.items(), "comparing tensors", total=len(before)):
+        layer = layers.get(name.removesuffix(".weight"))
+        value, order = (base.float(), 0.0) if layer is None else _by_peft(layer, base.float())
         if value.shape != written[name].shape:
             return f"{name} has another shape"
         kind = dtypes.get(name, others)
         limits = torch.finfo(kind)
         # Half a unit in the last place, and a little for fp32's own rounding before.
         rounding = 0.51 * limits.eps * value.abs() + limits.smallest_normal * limits.eps
-        # The update itself is a sum of products, which PEFT and the merge may add up in another order.
-        order = 0.0 if update is None else 1e-5 * float(update.abs().max())
         off = (written[name].float() - value).abs() - rounding - order
         if not bool((off <= 0).all()):  # also where it is no number
             return f"{name} is off by more than rounding to {str(kind).removeprefix('torch.')} explains"
     return ""
 
 
-def _expected(opened: Opened) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """Name in the plain model -> (the base's tensor or what was trained in its place, PEFT's update)."""
-    updates = {
-        f"{name}.weight": module.get_delta_weight("default")
-        for name, module in opened.base.model.named_modules()
-        if isinstance(module, LoraLayer)
-    }
-    found: dict[str, tuple[Tensor, Tensor | None]] = {}
-    for key, tensor in opened.base.model.state_dict().items():
-        if ".lora_" in key or ".original_module." in key:
-            continue
-        name = key.replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")
-        found[name] = tensor, updates.get(name)
+def _plain_names(model: Any, layers: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Name in the plain model -> the base's tensor or what was trained in its place.
+
+    `layers`: those that PEFT wrapped, by name. What they hold beside the base's own is left out."""
+    found: dict[str, Tensor] = {}
+    for key, tensor in model.state_dict().items():
+        above = next((name for name in modules_above(key) if name in layers), None)
+        added = above is not None and not key.startswith(f"{above}.base_layer.")
+        if not added and ".original_module." not in key:
+            found[key.replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")] = tensor
     return found
+
+
+def _by_peft(layer: Any, base: Tensor) -> tuple[Tensor, Tensor | float]:
+    """(the weight of a layer as PEFT merges it, in fp32; how far the order of its additions may move that).
+
+    The update is a sum of products, which PEFT and the merge may add up in another order.
+    """
+    if isinstance(layer, LoraLayer) and not layer.lora_variant:
+        update = layer.get_delta_weight("default").float()
+        return base + update, 1e-5 * float(update.abs().max())
+    merged = copy.deepcopy(layer)
+    merged.merge(safe_merge=True)
+    value = merged.get_base_layer().weight.float()
+    return value, 1e-5 * float((value - base).abs().max()) + 1e-6 * value.abs()
 
 
 # ------------------------------------------------------------------------------------------------------------

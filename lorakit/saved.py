@@ -20,7 +20,7 @@ from lorakit.base_model import Base
 from lorakit.devices import autocast_for
 from lorakit.errors import LorakitError
 from lorakit.recipe import is_hub_id, load_recipe
-from lorakit.recipe.methods import Lora
+from lorakit.recipe.methods import Dora, Lora
 from lorakit.recipe.model import Model
 from lorakit.terminal import say
 from lorakit.tokenizer import load_tokenizer, quiet, template_text
@@ -228,7 +228,8 @@ def attach_saved(saved: Saved, base: Base) -> tuple[Adapter, lora_files.Contents
                 f"{saved.folder}: it holds another {name} than this base",
                 f"Give the base it was trained on, {_SAY_BASE}; PEFT itself merges new embeddings.",
             )
-    section = Lora(scaling=contents.scaling)  # type: ignore[arg-type]
+    scaling: Any = contents.scaling
+    section = Dora(method="dora", scaling=scaling) if contents.method == "dora" else Lora(scaling=scaling)
     adapter = attach(section, base.model, contents.targets, seed=0, train_also=contents.train_also)
     adapter.load_state(contents.tensors)
     base.model.requires_grad_(False)

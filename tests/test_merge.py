@@ -355,8 +355,10 @@ def test_bad_calls_say_cause_and_cure(run: Path, tiny: Path, cli, write_recipe, 
     assert "in this model" in refused(run, "--base", narrow, *out)
     peft_adapter(tiny / "model", tmp_path / "peft")
     assert "--base" in refused(tmp_path / "peft", *out)
-    peft_adapter(tiny / "model", tmp_path / "dora", use_dora=True)
-    assert "not plain LoRA (use_dora: True)" in refused(tmp_path / "dora", "--base", tiny / "model", *out)
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text()) | {"use_qalora": True}
+    (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(config))
+    text = refused(tmp_path / "peft", "--base", tiny / "model", *out)
+    assert "neither LoRA nor DoRA (use_qalora: True)" in text
     peft_adapter(tiny / "model", tmp_path / "pissa", init_lora_weights="pissa")
     text = refused(tmp_path / "pissa", "--base", tiny / "model", *out)
     assert "init_lora_weights: pissa, which changes the base's weights" in text

@@ -20,10 +20,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor
 
 from lorakit.adapters import Adapter, Role, Trained, copy_into
 from lorakit.adapters.lora_files import config_as_json, lora_config, write_adapter
+from lorakit.errors import LorakitError
 from lorakit.recipe.methods import DeltaLora, Dora, Lora, LoraFa
 from lorakit.targets import Target
 
@@ -57,6 +59,27 @@ class LoraAdapter(Adapter):
             trained.parameter.data = trained.parameter.data.float()
             if section.method == "lora-fa" and trained.role is Role.A:
                 trained.parameter.requires_grad_(False)
+
+        if section.method == "dora":
+            self._measure_rows()
+
+    def _measure_rows(self) -> None:
+        """m as the lengths of the base's rows in fp32; PEFT takes them in the base's dtype.
+
+        Raises: LorakitError for a row of zeros, which has no direction.
+        """
+        base = self.peft.get_base_model()
+        for target in self.targets:
+            layer: Any = base.get_submodule(target.layer.name)
+            weight = dequantize_module_weight(layer.get_base_layer()).float()
+            lengths = torch.linalg.vector_norm(weight, dim=1 if target.layer.kind == "linear" else 0)
+            if not bool((lengths > 0).all()):
+                row = int((lengths == 0).nonzero()[0])
+                raise LorakitError(
+                    f"adapter: row {row} of {target.layer.name} is zero; DoRA divides by its length",
+                    "Leave this layer out of adapter.targets, or write method: lora.",
+                )
+            layer.lora_magnitude_vector["default"].weight.data = lengths.detach().clone()
 
     def trained(self) -> list[Trained]:
         base = self.peft.get_base_model()

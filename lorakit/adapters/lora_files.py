@@ -1,13 +1,14 @@
-"""The files of a LoRA: what PEFT, transformers and vLLM load, written and read whole.
+"""The files of a LoRA or DoRA: what PEFT, transformers and vLLM load, written and read whole.
 
 One rank and one scale for all layers where a method other than LoRA is exported (`write_plain`): vLLM ignores
-patterns. A is (rank, in), B is (out, rank); for an Embedding A is (rank, vocabulary).
+patterns. A is (rank, in), B is (out, rank); for an Embedding A is (rank, vocabulary). DoRA has a third
+tensor, the lengths m (out) of the rows of its weight.
 """
 
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from typing import Any
 from peft import LoraConfig, PeftConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, linalg
 
 from lorakit import adapter_file
+from lorakit.adapter_file import AdapterFile
 from lorakit.adapters import Adapter, Role, write_tensors
 from lorakit.errors import LorakitError
 from lorakit.shapes import Layer
@@ -25,6 +27,7 @@ from lorakit.targets import Target
 
 PREFIX = "base_model.model."  # of every name in PEFT's files
 _NAMES, _EMBEDDING_NAMES = ("A.weight", "B.weight"), ("embedding_A", "embedding_B")
+_MAGNITUDE = "magnitude_vector"
 
 
 def config_as_json(config: PeftConfig, base_name: str) -> dict[str, Any]:
@@ -117,21 +120,36 @@ _CHANGES_NOTHING = {
         "peft_version",
         "qalora_group_size",
     ),
-    *("r", "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_rslora"),
+    *("r", "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_dora"),
+    "use_rslora",
 }
+
+
+Change = Callable[[Tensor], Tensor]  # the base's weight -> the adapted one; both fp32, in the same layout
 
 
 @dataclass(frozen=True)
 class Factors:
-    """The update of one layer: scale * B A, of the shape (out, in) for a Linear whatever its base stores."""
+    """What an adapter does to one layer: V = W + scale * B A; in DoRA m V / |V|, row by row. W is (out, in)
+    here, whatever the base stores."""
 
     target: Target
     a: Tensor  # (rank, in)
     b: Tensor  # (out, rank)
     scale: float
+    magnitude: Tensor | None = None  # (out): m
+
+    def applied(self, weight: Tensor) -> Tensor:
+        """The layer's new weight from the base's, in fp32 and in the weight's own layout."""
+        moved = weight + self.update()
+        if self.magnitude is None:
+            return moved
+        row = 1 if self.target.layer.kind == "linear" else 0  # along which dimension a row of W lies
+        lengths: Tensor = linalg.vector_norm(moved, dim=row, keepdim=True)
+        return moved * (self.magnitude.float().unsqueeze(row) / lengths)
 
     def update(self) -> Tensor:
-        """What is added to the layer's weight, in fp32 and in the weight's own layout."""
+        """scale * B A, in fp32 and in the weight's own layout."""
         product = self.scale * (self.b.float() @ self.a.float())
         # A Conv1D stores (in, out). An Embedding looks rows up: its A is (rank, vocabulary).
         return product if self.target.layer.kind == "linear" else product.T
@@ -139,9 +157,11 @@ class Factors:
 
 @dataclass(frozen=True)
 class Contents:
-    """A LoRA in a directory, read whole."""
+    """An adapter in a directory, read whole."""
 
+    method: str  # lora or dora
     factors: tuple[Factors, ...]  # in the order of the model's layers
+    changes: Mapping[str, Change]  # parameter name in the model -> what the adapter makes of it
     whole: dict[str, Tensor]  # parameter name in the model -> its new value
     copies: dict[str, Tensor]  # parameter name -> the base's own value: PEFT saves adapted embeddings whole
     tensors: dict[str, Tensor]  # all but the copies, under the names of the file: what load_state() takes
@@ -154,9 +174,9 @@ class Contents:
 
 
 def read_adapter(folder: Path, layers: Sequence[Layer]) -> Contents:
-    """The LoRA that PEFT or lorakit wrote to `folder`, as it applies to a model of these `layers`.
+    """The LoRA or DoRA that PEFT or lorakit wrote to `folder`, as it applies to a model of these `layers`.
 
-    Raises: LorakitError when there is none, when it is no plain LoRA, and when it does not fit the model.
+    Raises: LorakitError when there is none, when it is neither, and when it does not fit the model.
     """
     file = adapter_file.read(folder)
     different = [
@@ -168,7 +188,7 @@ def read_adapter(folder: Path, layers: Sequence[Layer]) -> Contents:
         different.append(f"init_lora_weights: {init}, which changes the base's weights too")
     if different:
         raise LorakitError(
-            f"{folder} is not plain LoRA ({', '.join(different)})",
+            f"{folder} is neither LoRA nor DoRA ({', '.join(different)})",
             "PEFT converts some: save_pretrained(path_initial_model_for_weight_conversion=...); it merges the"
             " others: merge_and_unload().",
         )
@@ -176,12 +196,7 @@ def read_adapter(folder: Path, layers: Sequence[Layer]) -> Contents:
         tensors = load_file(folder / "adapter_model.safetensors")
     except (OSError, SafetensorError) as error:
         raise LorakitError(f"{folder / 'adapter_model.safetensors'}: cannot be read: {error}") from None
-    factors = []
-    for target in file.targets(layers):
-        names = _EMBEDDING_NAMES if target.layer.kind == "embedding" else _NAMES
-        a, b = (tensors[f"{PREFIX}{target.layer.name}.lora_{name}"] for name in names)
-        divisor = math.sqrt(target.rank) if file.scaling == "rank_stabilized" else target.rank
-        factors.append(Factors(target, a, b, target.alpha / divisor))
+    factors = [_factors(target, tensors, file) for target in file.targets(layers)]
     kept = {name for inside in file.whole.values() for name in inside}
     copies, own, whole = {}, {}, {}
     for key, tensor in tensors.items():
@@ -192,4 +207,21 @@ def read_adapter(folder: Path, layers: Sequence[Layer]) -> Contents:
         own[key] = tensor
         if name in kept:
             whole[name] = tensor
-    return Contents(tuple(factors), whole, copies, own, tuple(file.train_also), file.scaling)
+    changes = {f"{item.target.layer.name}.weight": item.applied for item in factors}
+    also, scaling = tuple(file.train_also), file.scaling
+    return Contents(file.method, tuple(factors), changes, whole, copies, own, also, scaling)
+
+
+def _factors(target: Target, tensors: Mapping[str, Tensor], file: AdapterFile) -> Factors:
+    """Raises: LorakitError where magnitudes are there without DoRA, or DoRA without them."""
+    name = target.layer.name
+    ends = _EMBEDDING_NAMES if target.layer.kind == "embedding" else _NAMES
+    a, b = (tensors[f"{PREFIX}{name}.lora_{end}"] for end in ends)
+    magnitude = tensors.get(f"{PREFIX}{name}.lora_{_MAGNITUDE}")
+    if (magnitude is not None) != (file.method == "dora"):
+        what = "has no" if magnitude is None else "has a"
+        raise LorakitError(f"{file.folder}: {name} {what} lora_{_MAGNITUDE}, and use_dora says otherwise")
+    if magnitude is not None and magnitude.shape != b.shape[:1]:
+        raise LorakitError(f"{file.folder}: {name} has a lora_{_MAGNITUDE} of {tuple(magnitude.shape)}")
+    divisor = math.sqrt(target.rank) if file.scaling == "rank_stabilized" else target.rank
+    return Factors(target, a, b, target.alpha / divisor, magnitude)
