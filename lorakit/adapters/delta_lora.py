@@ -5,19 +5,20 @@ dropout, so that the gradient of B A is that of W. Source: Zi et al. 2023, arXiv
 
 Here W is never touched. The sum telescopes, so that from K on a layer computes
 
-    y = W x + s B A x + lambda s sg(B A) x - lambda s B_K A_K x
+    y = W x + (1 + lambda) s B A x - lambda s B_K A_K x
 
-where sg(.) passes the gradient to x, but none to A and B, and B_K A_K is what stood when W began to follow.
-That is the paper's update exactly, on a 4-bit base too, without rounding small changes to bf16, and with an
-adapter that is saved by itself: it is a LoRA of rank 2r at most,
+with B_K A_K as it stood when W began to follow; and since what W took over passes no gradient to A and B,
+theirs are those of the larger scale divided by 1 + lambda. That is the paper's update exactly, on a 4-bit
+base too, without rounding small changes to bf16, and with an adapter that is saved by itself: it is a LoRA of
+rank 2r at most,
 
     A' = [A; A_K],    B' = s [(1 + lambda) B, -lambda B_K].
 
-What it is worth: with K = 0 the weight is W + (1 + lambda) s B A, while the gradients of A and B are 1 +
-lambda times smaller than those of a LoRA of that scale, which Adam does not see. So Delta-LoRA is then LoRA
-with (1 + lambda) times the alpha at the same learning rate: to the last digits without Adam's eps, to about
-1e-6 with the usual one, with weight decay too. Clipping makes a difference where only the larger gradients
-are above the limit. Compare it with that LoRA, not with one of the same alpha.
+What it is worth: with K = 0, where B A is zero, this is LoRA with the scale (1 + lambda) s but for the
+division of the gradients, which Adam does not see. So Delta-LoRA is then LoRA with (1 + lambda) times the
+alpha at the same learning rate: to the last digits without Adam's eps, to about 1e-6 with the usual one, with
+weight decay too. Clipping makes a difference where only the larger gradients are above the limit. Compare it
+with that LoRA, not with one of the same alpha.
 
 A is (rank, in), B is (out, rank); for an Embedding A is (rank, vocabulary).
 """
@@ -30,15 +31,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.adapters import Adapter, Trained, copy_into
+from lorakit.adapters import Adapter, Role, Trained, copy_into
 from lorakit.adapters.lora import LoraAdapter
 from lorakit.adapters.lora_files import write_plain
 from lorakit.errors import LorakitError
 from lorakit.recipe.methods import DeltaLora
 from lorakit.targets import Target
 
-# Names of the three terms as adapters of PEFT's layers: s B A, lambda s sg(B A), -lambda s B_K A_K.
-_MOVING, _FOLLOWED, _BEFORE = "default", "followed", "before"
+_NOW, _BEFORE = "default", "before"  # of PEFT's layers: the adapter of B A, and that of B_K A_K
 
 
 def first_step(start: float, total_steps: int) -> int:
@@ -74,22 +74,32 @@ class DeltaLoraAdapter(Adapter):
         self.items = self.lora.trained()
         base = self.lora.peft.get_base_model()
         self.layers: dict[str, Any] = {t.layer.name: base.get_submodule(t.layer.name) for t in targets}
-        self.following = torch.zeros(1, dtype=torch.uint8)
-        for layer in self.layers.values():
-            scale = self.ratio * layer.scaling[_MOVING]
-            a, b = factors(layer, _MOVING)
-            _add(layer, _FOLLOWED, a.data, b.data, scale)  # the memory of A and B
-            _add(layer, _BEFORE, torch.zeros_like(a.data), torch.zeros_like(b.data), -scale)
+        self.scales = {name: layer.scaling[_NOW] for name, layer in self.layers.items()}  # s
+        for name, layer in self.layers.items() if self.start else ():  # at 0 B A is zero: nothing to remember
+            _add_before(layer, -self.ratio * self.scales[name])
+        self.following = torch.tensor([self.start == 0], dtype=torch.uint8)
         self._activate()
-        if self.start == 0:
-            self._follow()
 
     def trained(self) -> list[Trained]:
         return list(self.items)
 
+    def before_step(self, step: int) -> None:
+        """What W took over passes no gradient to A and B."""
+        grads = [
+            i.parameter.grad for i in self.items if i.role is not Role.HEAD and i.parameter.grad is not None
+        ]
+        if self.following and grads:
+            torch._foreach_mul_(grads, 1 / (1 + self.ratio))
+
     def after_step(self, step: int) -> None:
-        if step + 1 == self.start:
-            self._follow()
+        if step + 1 != self.start:
+            return
+        with torch.no_grad():
+            for layer in self.layers.values():
+                for before, now in zip(factors(layer, _BEFORE), factors(layer, _NOW), strict=True):
+                    before.copy_(now)
+        self.following.fill_(1)
+        self._activate()
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -99,10 +109,13 @@ class DeltaLoraAdapter(Adapter):
 
     def state(self) -> dict[str, Tensor]:
         """A and B now and when W began to follow, and whether it does."""
-        every = dict(self.lora.peft.get_base_model().named_parameters())
         weights = {item.name: item.parameter.detach() for item in self.items}
-        pairs = {name: name.replace(f".{_MOVING}", f".{_BEFORE}") for name in weights if ".lora_" in name}
-        before = {f"before|{name}": every[pair].data for name, pair in pairs.items()}
+        before = {
+            f"before|{name}|{factor}": tensor.detach()
+            for name, layer in self.layers.items()
+            if self.start
+            for factor, tensor in zip("AB", factors(layer, _BEFORE), strict=True)
+        }
         return weights | before | {"following": self.following}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
@@ -111,36 +124,26 @@ class DeltaLoraAdapter(Adapter):
         self._activate()
 
     def write(self, folder: Path, base_name: str) -> None:
-        """Plain LoRA, exactly: of rank 2r, or r where W does not follow yet or did from B A = 0 on."""
+        """Plain LoRA, exactly: of rank 2r, or r where W does not follow yet or did from the start."""
         found = {}
         for name, layer in self.layers.items():
-            scale, follows = layer.scaling[_MOVING], bool(self.following)
-            a, b = (factor.detach() for factor in factors(layer, _MOVING))
-            a_before, b_before = (factor.detach() for factor in factors(layer, _BEFORE))
-            b = scale * (1 + self.ratio) * b if follows else scale * b
-            if follows and a_before.any() and b_before.any():
-                a, b = torch.cat([a, a_before]), torch.cat([b, -self.ratio * scale * b_before], dim=1)
+            a, b = (factor.detach() for factor in factors(layer, _NOW))
+            b = layer.scaling[_NOW] * b
+            if self.following and self.start:
+                a_before, b_before = (factor.detach() for factor in factors(layer, _BEFORE))
+                a, b = torch.cat([a, a_before]), torch.cat([b, layer.scaling[_BEFORE] * b_before], dim=1)
             found[name] = a, b
         write_plain(folder, self, found, self.train_also, base_name)
 
-    def _follow(self) -> None:
-        """From here on W follows B A, starting at what B A is now."""
-        with torch.no_grad():
-            for layer in self.layers.values():
-                for before, now in zip(factors(layer, _BEFORE), factors(layer, _MOVING), strict=True):
-                    before.copy_(now)
-        self.following.fill_(1)
-        self._activate()
-
     def _activate(self) -> None:
         """The terms that count now, with gradients for A and B alone."""
-        terms = [_MOVING, _FOLLOWED, _BEFORE] if self.following else [_MOVING]
-        for layer in self.layers.values():
-            layer.set_adapter(terms)
-            for followed, moving in zip(factors(layer, _FOLLOWED), factors(layer, _MOVING), strict=True):
-                followed.data = moving.data  # one memory, also after something has moved A and B
-            for frozen in (*factors(layer, _FOLLOWED), *factors(layer, _BEFORE)):
-                frozen.requires_grad_(False)
+        follows = bool(self.following)
+        for name, layer in self.layers.items():
+            layer.scaling[_NOW] = self.scales[name] * (1 + self.ratio if follows else 1)
+            if self.start:
+                layer.set_adapter([_NOW, _BEFORE] if follows else [_NOW])
+                for frozen in factors(layer, _BEFORE):
+                    frozen.requires_grad_(False)
 
 
 def factors(layer: Any, name: str) -> tuple[nn.Parameter, nn.Parameter]:
@@ -150,14 +153,14 @@ def factors(layer: Any, name: str) -> tuple[nn.Parameter, nn.Parameter]:
     return layer.lora_A[name].weight, layer.lora_B[name].weight
 
 
-def _add(layer: Any, name: str, a: Tensor, b: Tensor, scale: float) -> None:
-    """A further adapter on one of PEFT's layers, frozen, in the memory of `a` and `b`."""
-    frozen = nn.Parameter(a, requires_grad=False), nn.Parameter(b, requires_grad=False)
-    layer.scaling[name], layer.lora_dropout[name] = scale, nn.Identity()
-    layer.r[name], layer.lora_alpha[name] = len(a), scale * len(a)
-    if _MOVING in layer.lora_embedding_A:
-        layer.lora_embedding_A[name], layer.lora_embedding_B[name] = frozen
+def _add_before(layer: Any, scale: float) -> None:
+    """The frozen adapter of B_K A_K on one of PEFT's layers, zero until K."""
+    frozen = [nn.Parameter(torch.zeros_like(p.data), requires_grad=False) for p in factors(layer, _NOW)]
+    layer.scaling[_BEFORE], layer.lora_dropout[_BEFORE] = scale, nn.Identity()
+    layer.r[_BEFORE], layer.lora_alpha[_BEFORE] = len(frozen[0]), scale * len(frozen[0])
+    if _NOW in layer.lora_embedding_A:
+        layer.lora_embedding_A[_BEFORE], layer.lora_embedding_B[_BEFORE] = frozen
         return
     for modules, weight in zip((layer.lora_A, layer.lora_B), frozen, strict=True):
-        modules[name] = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        modules[name].weight = weight
+        modules[_BEFORE] = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        modules[_BEFORE].weight = weight

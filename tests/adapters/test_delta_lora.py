@@ -52,21 +52,24 @@ class Toy(nn.Module):
         raise NotImplementedError
 
 
-def toy(section: Any, **more: Any) -> tuple[Toy, Any, dict[str, Tensor]]:
-    """(the toy, its adapter in fp64, A and B of it): none of them zero, the same for all methods."""
+def toy(section: Any, at_zero: bool, **more: Any) -> tuple[Toy, Any, dict[str, Tensor]]:
+    """(the toy, its adapter in fp64, A and B of it): the same for all methods. `at_zero`:
+    B A is zero, as where training begins."""
     model = Toy()
     targets = [Target(layer, RANK, section.alpha) for layer in LAYERS.values()]
     adapter = attach(section, model, targets, seed=1, **more)
     model.double()
     draw = torch.Generator().manual_seed(8)
     start = {i.name: 0.4 * torch.randn(i.parameter.shape, generator=draw).double() for i in adapter.trained()}
-    if section.method == "lora":
-        for item in adapter.trained():
-            item.parameter.data = start[item.name].clone()
-    else:
-        before = {f"before|{name}": tensor for name, tensor in start.items()}
-        adapter.load_state(adapter.state() | start | (before if section.start == 0 else {}))
+    if at_zero:
+        start = {name: tensor * (role_of(name) != "B") for name, tensor in start.items()}
+    for item in adapter.trained():
+        item.parameter.data = start[item.name].clone()
     return model, adapter, start
+
+
+def role_of(name: str) -> str:
+    return "B" if "_B" in name else "A"
 
 
 def batches(number: int) -> list[tuple[Tensor, Tensor]]:
@@ -92,6 +95,7 @@ def train(
     for step, (ids, targets) in enumerate(batches(num_steps)):
         loss = loss_of(model(ids), targets)
         loss.backward()
+        adapter.before_step(step)
         if clip:
             nn.utils.clip_grad_norm_([item.parameter for item in adapter.trained()], clip)
         optimizer.step()
@@ -146,7 +150,7 @@ def effective_of(model: Toy) -> list[Tensor]:
 def test_o16_it_is_the_loop_that_moves_w(k: int, tmp_path: Path) -> None:
     """Same losses and weights as if W had moved (the sum telescopes), and the file holds them, rank <= 2r."""
     section = DeltaLora(method="delta-lora", rank=RANK, alpha=ALPHA, delta_ratio=RATIO, start=k)
-    model, adapter, start = toy(section, total_steps=10)
+    model, adapter, start = toy(section, at_zero=k == 0, total_steps=10)
     losses = train(model, adapter, torch.optim.Adam([i.parameter for i in adapter.trained()], lr=0.05), 10)
     expected, weights = paper(start, k, 10, 0.05)
     assert losses == pytest.approx(expected, abs=1e-12, rel=0)
@@ -162,21 +166,21 @@ def test_o16_it_is_the_loop_that_moves_w(k: int, tmp_path: Path) -> None:
     adapter.write(tmp_path, "base")
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert config["r"] == config["lora_alpha"] == 2 * RANK
+    rank = RANK if k == 0 else 2 * RANK  # B_K A_K is zero where W follows from the start
+    assert config["r"] == config["lora_alpha"] == rank
     untouched = [fresh.embed.weight.T, fresh.mix.weight.T, fresh.head.weight]
     for name, weight, bare in zip(LAYERS, weights, untouched, strict=True):
         marks = ("embedding_A", "embedding_B") if name == "embed" else ("A.weight", "B.weight")
         a, b = (tensors[f"base_model.model.{name}.lora_{mark}"] for mark in marks)
-        assert len(a) == 2 * RANK
+        assert len(a) == rank
         assert (b @ a - (weight - bare)).abs().max() < 1e-12
 
 
 def test_nothing_follows_before_step_k() -> None:
     """Up to and with the step that takes the snapshot it is LoRA, bit for bit; then it is not."""
-    model, adapter, _ = toy(
-        DeltaLora(method="delta-lora", rank=RANK, alpha=ALPHA, delta_ratio=RATIO, start=5), total_steps=10
-    )
-    twin, lora, _ = toy(Lora(rank=RANK, alpha=ALPHA))
+    section = DeltaLora(method="delta-lora", rank=RANK, alpha=ALPHA, delta_ratio=RATIO, start=5)
+    model, adapter, _ = toy(section, at_zero=False, total_steps=10)
+    twin, lora, _ = toy(Lora(rank=RANK, alpha=ALPHA), at_zero=False)
     runs = [
         train(m, a, torch.optim.Adam([i.parameter for i in a.trained()], lr=0.05), 10)
         for m, a in ((model, adapter), (twin, lora))
@@ -196,8 +200,6 @@ def from_lora(eps: float, clips: tuple[float, float] = (0.0, 0.0)) -> float:
         targets = [Target(layer, RANK, section.alpha) for layer in LAYERS.values()]
         adapter = attach(section, model, targets, seed=1, **more)
         model.double()
-        if section is delta:
-            adapter.load_state(adapter.state())  # A and B have moved to fp64
         parameters = [item.parameter for item in adapter.trained()]
         optimizer = torch.optim.AdamW(parameters, lr=0.02, eps=eps, weight_decay=0.1)
         losses = torch.tensor(train(model, adapter, optimizer, 20, clip), dtype=torch.float64)
