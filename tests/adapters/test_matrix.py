@@ -1,0 +1,380 @@
+"""The method matrix: every method x {Linear, Conv1D, Embedding} x {fp32, bf16, nf4}, generated from TRAITS.
+
+A cell is either trained and held to every promise, or refused with its reason before anything loads: none is
+left out. What a cell is, and how it runs, is in matrix.py.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from lorakit import optim, report, saved
+from lorakit.adapters import METHODS
+from lorakit.count import count
+from lorakit.merge import merge
+from lorakit.recipe.methods import TRAITS
+from tests.adapters.matrix import (
+    BASES,
+    CELLS,
+    CPU,
+    HIDDEN,
+    IDS,
+    INNER,
+    KINDS,
+    RANK,
+    VARIANTS,
+    VOCABULARY,
+    Attached,
+    Bench,
+    Cell,
+    digest,
+    make_bases,
+    write_recipe,
+)
+from tests.conftest import ROOT
+
+# What mathematics or PEFT forbids: all of it. A method that refuses more, or less, changes this table too.
+REFUSED = {
+    ("lora-fa", "embedding"),  # its A starts at zero
+    ("adalora", "embedding"),  # PEFT has no layer for it
+    ("vera", "embedding"),  # PEFT has no layer for it
+    ("lora-drop", "embedding"),  # importance compares products with inputs
+    ("full", "nf4"),  # 4-bit weights have no gradient
+}
+PENDING = TRAITS.keys() - METHODS.keys()
+UNFINISHED = {"dora", "lora-fa"}
+
+
+def marks(cell: Cell) -> list[pytest.MarkDecorator]:
+    """In the fast suite: every method on every kind of layer, and on every base."""
+    found = [pytest.mark.slow] if cell.kind != "linear" and cell.base != "fp32" else []
+    if cell.method in PENDING | UNFINISHED:
+        found.append(pytest.mark.xfail(strict=cell.method in PENDING))
+    return found
+
+
+ALLOWED = [cell for cell in CELLS if not cell.reason]
+every_cell = pytest.mark.parametrize(
+    "cell", [pytest.param(cell, id=str(cell), marks=marks(cell)) for cell in ALLOWED]
+)
+
+
+class Shared:
+    """Runs of the cells, each made once."""
+
+    def __init__(self, folder: Path) -> None:
+        make_bases(folder)
+        self.folder, self.bench = folder, Bench(folder)
+        self.runs: dict[Cell, Attached] = {}
+
+    def checkpoints(self, cell: Cell) -> Path:
+        return self.folder / "checkpoints" / str(cell)
+
+    def trained(self, cell: Cell) -> Attached:
+        if cell not in self.runs:
+            self.checkpoints(cell).mkdir(parents=True)
+            run = Attached(cell, self.bench)
+            self.runs[cell] = run.train(checkpoints=self.checkpoints(cell))
+        return self.runs[cell]
+
+    def saved(self, cell: Cell) -> Path:
+        place = self.folder / "saved" / str(cell)
+        if not place.exists():
+            self.trained(cell).save(place)
+        return place
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # of matrices this small threads only wait for each other
+    yield Shared(tmp_path_factory.mktemp("matrix"))
+    torch.set_num_threads(before)
+
+
+def apart(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max())
+
+
+def scale(logits: Tensor) -> float:
+    return float(logits.abs().max())
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Nothing is left out
+
+
+def test_every_method_is_in_the_matrix() -> None:
+    assert {variant.method for variant in VARIANTS.values()} == TRAITS.keys()
+    assert len(CELLS) == len(VARIANTS) * len(KINDS) * len(BASES)
+
+
+def test_the_registry_refuses_what_this_table_says() -> None:
+    found = {
+        (cell.method, cell.base if "quantized" in TRAITS[cell.method].refuses else cell.kind)
+        for cell in CELLS
+        if cell.reason
+    }
+    assert found == REFUSED
+
+
+@pytest.mark.parametrize("cell", [cell for cell in CELLS if cell.reason], ids=str)
+def test_a_forbidden_cell_is_refused_with_its_reason(cell: Cell, shared: Shared, cli) -> None:
+    recipe = write_recipe(cell, shared.folder)
+    for verb in ("validate", "train"):
+        code, out, err = cli(verb, recipe)
+        assert code == 2
+        assert cell.reason in out + err
+        assert "Traceback" not in out + err
+
+
+# ------------------------------------------------------------------------------------------------------------
+# One process
+
+
+@every_cell
+def test_step_0_is_the_base(cell: Cell, shared: Shared) -> None:
+    """Exactly; DoRA divides every row by its norm and multiplies with it again, in the base's dtype."""
+    run = shared.trained(cell)
+    if cell.method == "dora":
+        limit = {"fp32": 1e-6, "nf4": 1e-6, "bf16": 0.025}[cell.base]
+        assert apart(run.start_logits, run.base_logits) <= limit * scale(run.base_logits)
+    else:
+        assert torch.equal(run.start_logits, run.base_logits)
+
+
+@every_cell
+def test_only_the_declared_parameters_move(cell: Cell, shared: Shared) -> None:
+    """Every one of them, in six steps; of the rest no bit, and of the base not one in any form it is held."""
+    run = shared.trained(cell)
+    state = run.model.state_dict(keep_vars=True)
+    declared = {parameter.data_ptr() for parameter in run.declared.values()}
+    remembered = {tensor.data_ptr() for tensor in run.adapter.state().values()}  # such as a snapshot of B A
+    assert run.declared.keys() <= run.moved
+    assert {name for name in run.moved if state[name].data_ptr() not in declared | remembered} == set()
+    assert apart(run.final_logits, run.base_logits) > 0.02 * scale(run.base_logits)
+    assert all(parameter.dtype == torch.float32 for parameter in run.declared.values())
+
+    now = {name.replace(".base_layer.", "."): tensor for name, tensor in state.items()}
+    assert run.plain.keys() <= now.keys()
+    frozen = {
+        n: t for n, t in run.plain.items() if cell.method != "full" or now[n].data_ptr() not in declared
+    }
+    assert digest(frozen) == digest({name: now[name] for name in frozen})
+
+
+@every_cell
+def test_disabled_is_the_base(cell: Cell, shared: Shared) -> None:
+    """And nothing is different after it: PEFT makes every parameter of an adapter trainable again."""
+    run = shared.trained(cell)
+    if cell.method == "full":
+        with pytest.raises(AssertionError, match="nothing to disable"):
+            run.adapter.disabled()
+        return
+    with run.adapter.disabled():
+        assert torch.equal(run.logits(), run.base_logits)
+    assert torch.equal(run.logits(), run.final_logits)
+    assert [item.name for item in run.adapter.trained()] == [*run.declared]
+
+
+@every_cell
+def test_the_count_is_the_closed_form(cell: Cell, shared: Shared, cli) -> None:
+    """By hand = tensors of the optimizer = params.json = count-params of the recipe."""
+    run = shared.trained(cell)
+    wanted = closed_form(cell, run)
+    groups = run.optimizer.param_groups
+    assert sum(p.numel() for group in groups for p in group["params"]) == wanted
+    params = report.parameters(run.adapter, run.num_base)
+    base = parameters_of_the_base(cell)
+    assert run.num_base == base
+    assert (params["trainable"], sum(m["trainable"] for m in params["modules"])) == (wanted, wanted)
+    assert params["total"] == (base if cell.method == "full" else base + wanted)
+    counted = count(run.recipe.file).params
+    if cell.method == "lora-drop":  # what is kept is not known before the probe
+        assert counted["trainable"] >= wanted
+    else:
+        assert (counted["trainable"], counted["total"]) == (wanted, params["total"])
+        assert [m["trainable"] for m in counted["modules"]] == [m["trainable"] for m in params["modules"]]
+
+
+def parameters_of_the_base(cell: Cell) -> int:
+    h, i, v = HIDDEN, INNER, VOCABULARY
+    if cell.kind == "conv1d":  # two norms a layer with biases, one at the end; 64 places; the head is tied
+        layer = (h * 3 * h + 3 * h) + (h * h + h) + (h * i + i) + (i * h + h) + 4 * h
+        return v * h + 64 * h + 2 * layer + 2 * h
+    return 2 * v * h + 2 * (4 * h * h + 3 * h * i + 2 * h) + h
+
+
+def closed_form(cell: Cell, run: Attached) -> int:
+    """What the cell trains, from the sizes of its model alone."""
+    h, i, v = HIDDEN, INNER, VOCABULARY
+    conv1d = [(h, 3 * h), (h, h), (h, i), (i, h)]
+    linear = [(h, h)] * 4 + [(h, i)] * 2 + [(i, h)]
+    layers = {"linear": [linear, linear], "conv1d": [conv1d, conv1d], "embedding": [[(v, h)]]}[cell.kind]
+    if cell.variant == "full":
+        return parameters_of_the_base(cell)
+    if cell.variant == "full in part":
+        return {
+            "linear": 2 * 3 * h * i + h,
+            "conv1d": 2 * (2 * h * i + i + h) + 2 * h,
+            "embedding": v * h,
+        }[cell.kind]
+    ranks = [2 if cell.variant == "lora patterns" and layer is layers[-1] else RANK for layer in layers]
+    if cell.variant == "lora patterns" and len(layers) > 1:
+        ranks = [RANK, 2]
+    formula = FORMULAS[cell.variant.split(" ")[0] if cell.method != "peft" else cell.variant]
+    return sum(formula(a, b, r) for layer, r in zip(layers, ranks, strict=True) for a, b in layer)
+
+
+FORMULAS: dict[str, Callable[[int, int, int], int]] = {  # of in, out and rank
+    "lora": lambda a, b, r: r * (a + b),
+    "dora": lambda a, b, r: r * (a + b) + b,
+    "lora-fa": lambda a, b, r: r * b,
+    "adalora": lambda a, b, r: r * (a + b + 1),
+    "vera": lambda a, b, r: r + b,
+    "delta-lora": lambda a, b, r: r * (a + b),
+}
+
+
+@every_cell
+def test_micro_batches_are_the_batch(cell: Cell, shared: Shared) -> None:
+    """The layout of a step changes rounding alone: losses, gradient norms, and where the parameters end."""
+    run = shared.trained(cell)
+    other = Attached(cell, shared.bench).train(micro_batch_tokens=20)
+    coarse = cell.base == "bf16"
+    for key in ("loss", "grad_norm"):
+        assert [line[key] for line in other.lines] == pytest.approx(
+            [line[key] for line in run.lines], rel=0.05 if coarse else 1e-4
+        )
+    # Where a gradient is zero but for rounding, such as that of a key's bias, Adam moves by its sign.
+    assert distance(run, other.declared) <= (0.3 if coarse else 0.02)
+
+
+def distance(run: Attached, others: dict[str, Tensor]) -> float:
+    """Of the trained parameters from those of `run`, over how far `run` moved them."""
+    assert run.declared.keys() == others.keys()
+    off = sum(float((p - others[n]).detach().norm() ** 2) for n, p in run.declared.items())
+    way = sum(float((p - run.start[n]).detach().norm() ** 2) for n, p in run.declared.items())
+    return (off / way) ** 0.5
+
+
+# Before, in and after what a schedule does: AdaLoRA decides after steps 2, 3 and 4, Delta-LoRA's weights
+# follow from step 2 on, LoRA-drop's probe is over before step 1.
+@pytest.mark.parametrize(
+    "step", [3, pytest.param(1, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow)]
+)
+@every_cell
+def test_interrupted_is_uninterrupted(cell: Cell, step: int, shared: Shared) -> None:
+    """From a checkpoint on the disk, on a new base: every bit of adapter and optimizer, and every loss."""
+    run = shared.trained(cell)
+    other = Attached(cell, shared.bench)
+    other.train(other.restore(shared.checkpoints(cell) / f"step-{step:06d}"))
+    assert same(run.adapter.state(), other.adapter.state())
+    assert same(
+        optim.state(run.optimizer, run.adapter.trained()),
+        optim.state(other.optimizer, other.adapter.trained()),
+    )
+    assert [line["loss"] for line in run.lines][step:] == [line["loss"] for line in other.lines]
+    assert torch.equal(run.final_logits, other.final_logits)
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(tensor, b[name]) for name, tensor in a.items())
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Saved
+
+
+@pytest.fixture(scope="module")
+def read(shared: Shared, request: pytest.FixtureRequest) -> dict[str, tuple[Tensor | str, Tensor | str]]:
+    """Cell -> logits of what was saved, as a new process finds them: (by lorakit, by PEFT). Of the cells that
+    are asked for, all at once."""
+    asked = [item for item in request.session.items if "read" in getattr(item, "fixturenames", ())]
+    for cell in {item.callspec.params["cell"] for item in asked}:
+        if cell.method not in PENDING:
+            shared.saved(cell)
+    command = [sys.executable, "-m", "tests.adapters.matrix", "read", str(shared.folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, tuple[Tensor | str, Tensor | str]] = torch.load(shared.folder / "logits.pt")
+    return found
+
+
+@pytest.mark.parametrize("reader", ["lorakit", "others"])
+@every_cell
+def test_what_was_saved_is_what_was_trained(cell: Cell, reader: str, shared: Shared, read) -> None:
+    """In another process, by lorakit and by PEFT (a whole model: by transformers)."""
+    run = shared.trained(cell)
+    found = read[str(cell)][reader == "others"]
+    assert not isinstance(found, str), found
+    limit = (
+        1e-5 if cell.base != "bf16" else 0.03
+    )  # a whole model is rounded to bf16, an export has one rounding more
+    assert apart(found, run.final_logits) <= limit * scale(run.final_logits)
+
+
+@every_cell
+def test_merged_is_attached(cell: Cell, shared: Shared, tmp_path: Path) -> None:
+    """In fp32: the merge itself, apart from what rounding to fewer bits costs afterwards."""
+    if cell.method == "full":
+        return
+    place = shared.saved(cell)
+    merged = merge(place, tmp_path / "merged", dtype="fp32")
+    opened = saved.open_saved(saved.find(place), None, CPU, exact=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    with torch.no_grad():
+        attached = opened.base.model(input_ids=IDS, use_cache=False).logits
+        alone = model(input_ids=IDS, use_cache=False).logits
+    assert apart(attached, alone) <= 1e-5 * scale(attached)
+    assert merged.parity.largest_effect > 0.1
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Two processes
+
+
+def in_two_processes(cells: list[Cell], shared: Shared) -> dict[str, Any]:
+    (shared.folder / "cells.json").write_text(json.dumps([astuple(cell) for cell in cells]))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *torchrun, "-m", "tests.adapters.matrix", "ranks", str(shared.folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, env=environment)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = torch.load(shared.folder / "ranks.pt")
+    return found
+
+
+def compare_ranks(cells: list[Cell], shared: Shared) -> None:
+    cells = [cell for cell in cells if cell.method not in PENDING]
+    for cell in cells:
+        shared.trained(cell)
+    found = in_two_processes(cells, shared)
+    for cell in cells:
+        run = shared.trained(cell)
+        losses, norms, parameters = found[str(cell)]
+        coarse = cell.base == "bf16"
+        for key, values in (("loss", losses), ("grad_norm", norms)):
+            wanted = [line[key] for line in run.lines]
+            assert values == pytest.approx(wanted, rel=0.05 if coarse else 1e-4), f"{cell}: {key}"
+        assert distance(run, parameters) <= (0.3 if coarse else 0.02), str(cell)
+
+
+def test_two_processes_are_one(shared: Shared) -> None:
+    """Every method once; all cells in the slow suite."""
+    compare_ranks([cell for cell in ALLOWED if (cell.kind, cell.base) == ("linear", "fp32")], shared)
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_in_every_cell(shared: Shared) -> None:
+    compare_ranks([cell for cell in ALLOWED if (cell.kind, cell.base) != ("linear", "fp32")], shared)
