@@ -21,7 +21,7 @@ from lorakit.targets import Target
 METHODS = {  # name -> module:class, imported on use
     "lora": "lorakit.adapters.lora:LoraAdapter",
     "dora": "lorakit.adapters.lora:LoraAdapter",
-    "lora-fa": "lorakit.adapters.lora:LoraAdapter",
+    "lora-fa": "lorakit.adapters.lora_fa:LoraFaAdapter",
     "adalora": "lorakit.adapters.adalora:AdaLoraAdapter",
     "vera": "lorakit.adapters.vera:VeraAdapter",
     "delta-lora": "lorakit.adapters.delta_lora:DeltaLoraAdapter",

@@ -1,4 +1,4 @@
-"""LoRA, rank-stabilised LoRA, DoRA and LoRA-FA through PEFT's layers: y = W x + scale * B A dropout(x).
+"""LoRA, rank-stabilised LoRA and DoRA through PEFT's layers: y = W x + scale * B A dropout(x).
 
 A is (rank, in), B is (out, rank) and starts at zero, so that step 0 is the base model exactly. scale = alpha
 / rank, or alpha / sqrt(rank) when rank-stabilised. For an Embedding A is (rank, vocabulary) and starts at
@@ -8,13 +8,11 @@ order.
 
 DoRA scales every row of W + scale * B A to the trained length m, which starts at that of W's row (Liu et al.
 2024, arXiv 2402.09353, equation 5; the norm is held constant in the backward pass, section 4.3).
-
-LoRA-FA leaves A as it was drawn (Zhang et al. 2023, arXiv 2308.03303).
 """
 
 import warnings
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +55,6 @@ class LoraAdapter(Adapter):
         )
         for trained in self.trained():
             trained.parameter.data = trained.parameter.data.float()
-            if section.method == "lora-fa" and trained.role is Role.A:
-                trained.parameter.requires_grad_(False)
-
         if section.method == "dora":
             self._measure_rows()
 
@@ -85,9 +80,15 @@ class LoraAdapter(Adapter):
         base = self.peft.get_base_model()
         return [Trained(name, p, _role(name)) for name, p in base.named_parameters() if p.requires_grad]
 
-    def disabled(self) -> AbstractContextManager[None]:
-        context: AbstractContextManager[None] = self.peft.disable_adapter()
-        return context
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        moving = [(parameter, parameter.requires_grad) for parameter in self.peft.parameters()]
+        try:
+            with self.peft.disable_adapter():
+                yield
+        finally:  # PEFT lets all of the adapter move from here on, also what was frozen
+            for parameter, moves in moving:
+                parameter.requires_grad_(moves)
 
     def state(self) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = get_peft_model_state_dict(self.peft, save_embedding_layers=False)

@@ -2,10 +2,11 @@
 
 All A of a group are stacked, so that x is read once for them (q, k and v; gate and up), and every update is
 added into the base layer's output in place. Backwards the gradients of all outputs meet in one buffer: dx =
-sum of dy_i W_i + (s_i dy_i B_i) A_i. Nothing is held but x and x A^T: activations are never copied to fp32,
-and a quantized weight is dequantized when it is read and dropped. A and B stay PEFT's fp32 parameters; they
-are rounded to the dtype of the products as autocast would, and their gradients come back in fp32. DoRA's
-rows are rescaled afterwards (dora.py), which holds the outputs, too.
+sum of dy_i W_i + (s_i dy_i B_i) A_i. Nothing is held but x and x A^T; where no A of the group moves (LoRA-FA)
+x A^T alone, and of x only what the operation that made it holds. Activations are never copied to fp32, and a
+quantized weight is dequantized when it is read and dropped. A and B stay PEFT's fp32 parameters; they are
+rounded to the dtype of the products as autocast would, and their gradients come back in fp32. DoRA's rows are
+rescaled afterwards (dora.py), which holds the outputs, too.
 
 The layers stay PEFT's: only their `forward` is another one for as long as their group is switched on, and it
 gives way to PEFT's own whenever it is asked for something else (a disabled or merged adapter, several
@@ -253,8 +254,9 @@ class _Outputs(torch.autograd.Function):
             y = rows @ weight.T if bias is None else torch.addmm(bias.to(x.dtype), rows, weight.T)
             # Not a view, which a model could not change in place.
             found.append(torch.ops.aten._unsafe_view(y.addmm_(z, b.T), [*x.shape[:-1], len(weight)]))
-        ctx.save_for_backward(x, down, stacked, *scaled, *kept)
-        ctx.bases, ctx.scales, ctx.ranks, ctx.raised = bases, scales, ranks, raised
+        moves_a = any(ctx.needs_input_grad[5::2])
+        ctx.save_for_backward(x if moves_a else None, down, stacked, *scaled, *kept)
+        ctx.bases, ctx.scales, ctx.ranks, ctx.raised, ctx.shape = bases, scales, ranks, raised, x.shape
         ctx.dtypes = [tensor.dtype for tensor in tensors]
         ctx.set_materialize_grads(False)
         return tuple(found)
@@ -264,10 +266,11 @@ class _Outputs(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, down, stacked, *others = ctx.saved_tensors
         scaled, kept = others[: len(ctx.bases)], others[len(ctx.bases) :]
-        rows = x.reshape(-1, x.shape[-1])
-        exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+        rows = None if x is None else x.reshape(-1, x.shape[-1])
+        exact = torch.float64 if down.dtype == torch.float64 else torch.float32
         grad_x: Tensor | None = None
         back = torch.zeros_like(down) if None in grads else torch.empty_like(down)  # (N, sum of R)
+        of_a: list[Tensor | None] = []
         of_b: list[Tensor | None] = []
         parts = zip(
             ctx.bases,
@@ -282,24 +285,23 @@ class _Outputs(torch.autograd.Function):
             if grad is None:
                 of_b.append(None)
                 continue
-            g = grad.reshape(len(rows), grad.shape[-1])  # (N, O)
+            g = grad.reshape(len(down), grad.shape[-1])  # (N, O)
             torch.mm(g, b, out=z_back)
             of_b.append((g.T @ z).to(exact) * scale)
             if ctx.needs_input_grad[0]:
-                weight = dense(base, x.dtype)
+                weight = dense(base, down.dtype)
                 grad_x = g @ weight if grad_x is None else grad_x.addmm_(g, weight)
         if kept:
-            of_a: list[Tensor | None] = []
             split = stacked.split(ctx.ranks), back.split(ctx.ranks, 1)
             for mask, factor, a, z_back in zip(kept, ctx.raised, *split, strict=True):
-                of_a.append((z_back.T @ (rows * mask)).to(exact) * factor)
+                of_a.append(None if rows is None else (z_back.T @ (rows * mask)).to(exact) * factor)
                 if grad_x is not None:
                     grad_x += (z_back @ a).mul_(mask)
         else:
-            of_a = list((back.T @ rows).to(exact).split(ctx.ranks))
+            of_a += [None] * len(grads) if rows is None else (back.T @ rows).to(exact).split(ctx.ranks)
             if grad_x is not None:
                 grad_x.addmm_(back, stacked)
         of_a = [None if grad is None else a for a, grad in zip(of_a, grads, strict=True)]
         pairs = (grad for pair in zip(of_a, of_b, strict=True) for grad in pair)
         tensors = [None if grad is None else grad.to(t) for grad, t in zip(pairs, ctx.dtypes, strict=True)]
-        return (None if grad_x is None else grad_x.view_as(x), None, None, None, None, *tensors)
+        return (None if grad_x is None else grad_x.view(ctx.shape), None, None, None, None, *tensors)

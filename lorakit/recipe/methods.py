@@ -112,7 +112,8 @@ class LoraFa(_Factors):
 
     projected: bool = False
     """Whether B's gradient is multiplied by (A A^T)^-1 / scale^2, in fp32, so that the step moves W by the
-    full gradient projected on the rows of A (version 2 of the paper)."""
+    full gradient projected on the rows of A (version 2 of the paper). The norm that is logged and clipped is
+    then that of the multiplied gradient."""
 
 
 class AdaLora(_Layers):
