@@ -24,7 +24,7 @@ class AdapterFile:
     config: Mapping[str, Any]  # adapter_config.json
     adapted: Mapping[
         str, Mapping[str, Shape]
-    ]  # layer -> tensor (lora_A, lora_magnitude_vector, ...) -> shape
+    ]  # place of a layer in the file -> tensor (lora_A, lora_magnitude_vector, ...) -> shape
     whole: Mapping[str, Mapping[str, Shape]]  # module trained whole -> parameter -> shape
 
     @property
@@ -41,39 +41,54 @@ class AdapterFile:
         """The innermost modules trained whole."""
         return sorted({name.rpartition(".")[0] for inside in self.whole.values() for name in inside})
 
-    def sides(self, name: str) -> tuple[int, int, int]:
-        """(in, out, rank) of the layer `name`."""
+    def layers_at(self, layers: Sequence[Layer]) -> dict[str, Layer]:
+        """Place in the file -> the layer whose tensors are there, if any are.
+
+        That is the layer's own name, but for experts. PEFT wraps a module once for each of its parameters
+        that it adapts, in their order: the last one is at the module, the one before at module.base_layer.
+        """
+        found = {layer.name: layer for layer in layers if layer.kind != "experts"}
+        named = self.config.get("target_parameters") or []
+        ends = tuple(f".{end}" for end in named if isinstance(end, str)) if isinstance(named, list) else ()
+        wrapped: dict[str, list[Layer]] = {}
+        for layer in layers:
+            if layer.kind == "experts" and f".{layer.name}".endswith(ends):
+                wrapped.setdefault(layer.name.rpartition(".")[0], []).append(layer)
+        for module, inside in wrapped.items():
+            found |= {module + ".base_layer" * depth: layer for depth, layer in enumerate(reversed(inside))}
+        return found
+
+    def sides(self, name: str, num_experts: int = 1) -> tuple[int, int, int]:
+        """(in, out, rank) of what is at `name`."""
         tensors = self.adapted[name]
         a = tensors.get("lora_A") or tensors.get("lora_embedding_A") or ()
         b = tensors.get("lora_B") or tensors.get("lora_embedding_B") or ()
-        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] == 0:
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] == 0 or a[0] % num_experts:
             raise LorakitError(f"{self.folder}: {name} has no A and B that belong together")
-        return a[1], b[0], a[0]
+        return a[1], b[0], a[0] // num_experts
 
     def targets(self, layers: Sequence[Layer]) -> list[Target]:
         """What it adapts, in the model's order. The first pattern that fits the end of a name has its alpha.
 
         Raises: LorakitError naming the first layer that the model does not have in that shape.
         """
-        by_name = {layer.name: layer for layer in layers}
+        there = self.layers_at(layers)
+        found: dict[str, Target] = {}
         for name in self.adapted:
-            inside, outside, _ = self.sides(name)
-            layer = by_name.get(name)
+            layer = there.get(name)
             if layer is None:
                 raise LorakitError(
                     f"{self.folder}: it adapts {name}, which this model does not have", _OTHER_BASE
                 )
+            inside, outside, rank = self.sides(name, layer.num_experts)
             if (layer.in_features, layer.out_features) != (inside, outside):
                 ours = f"{layer.out_features} x {layer.in_features}"
                 raise LorakitError(
                     f"{self.folder}: {name} is {outside} x {inside} there, but {ours} in this model",
                     _OTHER_BASE,
                 )
-        found = []
-        for layer in layers:
-            if layer.name in self.adapted:
-                found.append(Target(layer, self.sides(layer.name)[2], self.alpha(layer.name)))
-        return found
+            found[layer.name] = Target(layer, rank, self.alpha(layer.name))
+        return [found[layer.name] for layer in layers if layer.name in found]
 
     def alpha(self, name: str) -> float:
         """The first pattern that fits the end of a name says it, else lora_alpha.

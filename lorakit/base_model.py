@@ -30,7 +30,7 @@ class Base:
     model: Any  # a transformers model
     config: Any  # its configuration as stored, before dropout was switched off
     layers: tuple[Layer, ...]
-    experts: tuple[str, ...]  # 3-D expert weights, which nothing adapts yet
+    experts: tuple[str, ...]  # 3-D expert weights, which `targets` never means
     fingerprint: str
 
 

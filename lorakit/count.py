@@ -107,8 +107,8 @@ def _of_recipe(recipe: Recipe, remark: str = "") -> Count:
         rank = f", continued from {section.start_from}"
     told = f"{section.method}{rank}{remark}"
     about = [("model", f"{recipe.model.path}: {shapes.num_parameters:,} parameters"), ("adapter", told)]
-    if shapes.experts and not full:
-        about.append(("experts", f"{len(shapes.experts)} 3-D expert weights are not adapted"))
+    if not full and (left := set(shapes.experts) - {entry["name"] for entry in entries}):
+        about.append(("experts", f"{len(left)} 3-D expert weights are not adapted"))
     moved = sum(entry["trainable"] for entry in entries) if full else 0
     return Count(_params(entries, shapes.num_parameters - moved), tuple(about))
 
@@ -150,7 +150,8 @@ def _of_method(recipe: Recipe, shapes: Shapes) -> list[Entry]:
     entries = []
     for target in targets:
         layer, rank = target.layer, section.init_rank if section.method == "adalora" else target.rank
-        trained = TRAITS[section.method].num_trained(layer.in_features, layer.out_features, rank)
+        each = TRAITS[section.method].num_trained(layer.in_features, layer.out_features, rank)
+        trained = layer.num_experts * each
         entry = _entry(layer.name, layer.in_features, layer.out_features, rank, trained)
         entries.append(entry | ({"init_rank": rank} if section.method == "adalora" else {}))
     for name in whole:
@@ -167,7 +168,7 @@ def _whole_modules(shapes: Shapes, patterns: Sequence[str], quantized: bool) -> 
 
     def refusal(name: str) -> str:
         inside = [layer for layer in shapes.layers if f"{layer.name}.".startswith(f"{name}.")]
-        if quantized and any(layer.kind != "embedding" and layer is not head for layer in inside):
+        if quantized and any(layer.kind in ("linear", "conv1d") and layer is not head for layer in inside):
             return QUANTIZED
         is_end = any(layer.name == name and _is_end(layer, head) for layer in inside)
         return TIED if shapes.tied and is_end else ""
@@ -198,8 +199,9 @@ def _of_adapter(folder: Path, base: str | Path | None) -> Count:
 
 def _entries_of(saved: AdapterFile, shapes: Shapes) -> list[Entry]:
     adapted = [
-        _entry(name, *saved.sides(name), sum(map(prod, tensors.values())))
-        for name, tensors in saved.adapted.items()
+        _entry(layer.name, *saved.sides(at, layer.num_experts), sum(map(prod, saved.adapted[at].values())))
+        for at, layer in saved.layers_at(shapes.layers).items()
+        if at in saved.adapted
     ]
     place = {name: number for number, name in enumerate(shapes.parameters)}
     whole = [
@@ -264,7 +266,7 @@ def _in_order(entries: list[Entry], shapes: Shapes) -> list[Entry]:
     """Sorted by the first parameter of their modules in the model; a head that shares its weights is last."""
     place: dict[str, int] = {}
     for number, parameter in enumerate(shapes.parameters):
-        for name in modules_above(parameter):
+        for name in (*modules_above(parameter), parameter):
             place.setdefault(name, number)
     return sorted(entries, key=lambda entry: place.get(entry["name"], inf))
 

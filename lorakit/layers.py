@@ -13,12 +13,12 @@ from transformers.pytorch_utils import Conv1D
 
 from lorakit.errors import LorakitError
 from lorakit.plan import Dimensions
-from lorakit.shapes import Layer, Shapes, is_expert
+from lorakit.shapes import Layer, Shapes, experts_layer, is_expert
 from lorakit.targets import QUANTIZED, TIED, is_attention, select_parameters, select_whole
 
 
 def layers_of(model: Any) -> tuple[tuple[Layer, ...], tuple[str, ...]]:
-    """(every matrix layer with its role, the names of 3-D expert weights)."""
+    """(every matrix layer with its role, experts among them; the names of 3-D expert weights)."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     config = getattr(model, "config", None)
     num_experts = [
@@ -33,11 +33,23 @@ def layers_of(model: Any) -> tuple[tuple[Layer, ...], tuple[str, ...]]:
         elif isinstance(module, nn.Embedding):
             kind, shape = "embedding", (module.num_embeddings, module.embedding_dim)
         else:
+            layers += _experts_of(name, module)
             continue
         role = "head" if module is head else "router" if _is_router(name, shape[1], num_experts) else ""
         layers.append(Layer(name, kind, *shape, role))  # type: ignore[arg-type]
     experts = tuple(name for name, p in model.named_parameters() if is_expert(name, p.dim()))
     return tuple(layers), experts
+
+
+def _experts_of(name: str, module: nn.Module) -> list[Layer]:
+    """The 3-D weights that a module holds, in the order of its parameters."""
+    own = {f"{name}.{leaf}": p for leaf, p in module.named_parameters(recurse=False)}
+    transposed = bool(getattr(module, "is_transposed", False))  # transformers says it, PEFT reads it
+    return [
+        experts_layer(path, tuple(p.shape), transposed)
+        for path, p in own.items()
+        if is_expert(path, p.dim()) and p.is_floating_point()
+    ]
 
 
 def shapes_on_meta(folder: Path) -> Shapes:

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
 
 from lorakit import __version__, model_files, proof
 from lorakit.adapters import write_tensors
@@ -159,7 +161,10 @@ def write_weights(opened: Opened, everywhere: torch.dtype | None, staged: Path) 
     assert contents is not None
     changes = contents.changes
     files = model_files.weight_files(opened.folder)
-    outputs = layout(opened, {*changes, *contents.whole, *opened.dequantized}, keys_of(files))
+    keys = keys_of(files)
+    experts = experts_as_stored(opened, keys)
+    changed = {*changes, *contents.whole, *opened.dequantized} - {name for name, _ in experts.values()}
+    outputs = layout(opened, changed, keys)
     dtypes: dict[str, torch.dtype] = {}
     index: dict[str, str] = {}
     for path in track(files, "merging", total=len(files)):
@@ -169,6 +174,10 @@ def write_weights(opened: Opened, everywhere: torch.dtype | None, staged: Path) 
                 old = file.get_tensor(stored)
                 for key, name in outputs[stored]:
                     dtype = everywhere if everywhere and old.is_floating_point() else old.dtype
+                    if key in experts:
+                        name, weight = experts[key]
+                        tensors[key], dtypes[name] = weight.to(dtype), dtype
+                        continue
                     if name is None:
                         tensors[key] = old.to(dtype)
                         continue
@@ -185,6 +194,30 @@ def write_weights(opened: Opened, everywhere: torch.dtype | None, staged: Path) 
         listing = {"metadata": {"total_size": size}, "weight_map": dict(sorted(index.items()))}
         (staged / "model.safetensors.index.json").write_text(json.dumps(listing, indent=2) + "\n")
     return dtypes
+
+
+def experts_as_stored(opened: Opened, keys: Sequence[str]) -> dict[str, tuple[str, Tensor]]:
+    """Tensor in the base's files -> (the expert weights that it is a part of, its new value in fp32).
+
+    The files of most mixtures hold each matrix of each expert by itself; transformers, which put them
+    together, takes them apart. Raises: LorakitError where that are other tensors than those in the files.
+    """
+    assert opened.contents is not None
+    model, found = opened.base.model, {}
+    for item in opened.contents.factors:
+        if item.target.layer.kind != "experts":
+            continue
+        name = item.target.layer.weight
+        module, _, leaf = name.rpartition(".")
+        weight = item.applied(getattr(model.get_submodule(module).get_base_layer(), leaf).float())
+        parts = revert_weight_conversion(model, {name: weight})
+        if odd := sorted(parts.keys() - set(keys)):
+            raise LorakitError(
+                f"{name} is {odd[0]} in files, and the base's have none of that name",
+                "PEFT's merge_and_unload() and save_pretrained() merge in memory.",
+            )
+        found.update({key: (name, part) for key, part in parts.items()})
+    return found
 
 
 Outputs = dict[str, list[tuple[str, str | None]]]

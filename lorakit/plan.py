@@ -14,11 +14,11 @@ from typing import Any
 from lorakit.errors import Problem, RecipeError
 from lorakit.recipe import Recipe
 from lorakit.recipe.data import files_of, is_template, sources
-from lorakit.recipe.methods import TRAITS
+from lorakit.recipe.methods import NO_DROPOUT, TRAITS
 from lorakit.recipe.optimizer import LORA_PLUS
 from lorakit.recipe.task import TRAIN_ON
 from lorakit.shapes import Layer
-from lorakit.targets import Target, assign, select
+from lorakit.targets import Target, assign, select, select_experts
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,11 @@ def choose_targets(recipe: Recipe, layers: Sequence[Layer]) -> list[Target]:
     section: Any = recipe.adapter
     chosen, problems = select(layers, section.targets)
     found = [recipe.problem("adapter.targets", message) for message in problems]
+    experts, problems = select_experts(layers, getattr(section, "target_parameters", ()))
+    found += [recipe.problem("adapter.target_parameters", message) for message in problems]
     if not found:
-        targets, faults = _assigned(section, chosen)
+        names = {layer.name for layer in (*chosen, *experts)}
+        targets, faults = _assigned(section, [layer for layer in layers if layer.name in names])
         found = [recipe.problem(field, message) for field, message in faults]
     if found:
         raise RecipeError(found)
@@ -176,12 +179,7 @@ def check_start(
     section: Any = recipe.adapter
     found: list[tuple[str, str]] = []
     there = {target.layer.name: target for target in targets}
-    if recipe.written("adapter.targets"):
-        names = {layer.name for layer in select(layers, section.targets)[0]}
-        if odd := sorted(names ^ there.keys()):
-            found.append(
-                ("adapter.targets", f"not the layers of start_from: {odd[0]} is in one of the two only")
-            )
+    found += _other_layers(recipe, layers, targets)
     adapted = [target.layer for target in targets]
     wanted, faults = _assigned(section, adapted)
     fields = (("rank", "rank_pattern", "rank"), ("alpha", "alpha_pattern", "alpha"))
@@ -204,6 +202,30 @@ def check_start(
             ("adapter.train_also", f"start_from trained whole: {', '.join(whole_there) or 'nothing'}")
         )
     return [recipe.problem(field, message) for field, message in found]
+
+
+def _other_layers(
+    recipe: Recipe, layers: Sequence[Layer], targets: Sequence[Target]
+) -> list[tuple[str, str]]:
+    """(field, message) where the recipe names other layers than `targets`, those of start_from, or cannot
+    have them."""
+    section: Any = recipe.adapter
+    found = []
+    experts = {target.layer.name for target in targets if target.layer.kind == "experts"}
+    theirs = {"targets": {t.layer.name for t in targets} - experts, "target_parameters": experts}
+    for field, names in theirs.items():
+        if recipe.written(f"adapter.{field}") is None:
+            continue
+        choose = select if field == "targets" else select_experts
+        chosen = {layer.name for layer in choose(layers, getattr(section, field))[0]}
+        if odd := sorted(names ^ chosen):
+            message = f"not the layers of start_from: {odd[0]} is in one of the two only"
+            found.append((f"adapter.{field}", message))
+    if experts and section.method != "lora":
+        found.append(("adapter.start_from", f"it adapts experts, which {section.method} cannot"))
+    elif experts and section.dropout > 0:
+        found.append(("adapter.dropout", f"start_from adapts experts: {NO_DROPOUT}"))
+    return found
 
 
 def choose_precision(recipe: Recipe, stored: str, hardware: Hardware) -> Decisions:

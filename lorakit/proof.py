@@ -6,6 +6,7 @@ far the two models are apart on text, both computed in fp32: this is the price o
 """
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,11 +50,12 @@ def different_tensor(opened: Opened, merged: Any, dtypes: dict[str, torch.dtype]
     all others.
     """
     layers = {n: m for n, m in opened.base.model.named_modules() if isinstance(m, BaseTunerLayer)}
+    owners = {_weight_of(name, layer): layer for name, layer in layers.items()}
     before, written = _plain_names(opened.base.model, layers), merged.state_dict()
     if odd := sorted(before.keys() ^ written.keys()):
         return f"{odd[0]} is in one of the two only"
     for name, base in track(before.items(), "comparing tensors", total=len(before)):
-        layer = layers.get(name.removesuffix(".weight"))
+        layer = owners.get(name)
         value, order = (base.float(), 0.0) if layer is None else _by_peft(layer, base.float())
         if value.shape != written[name].shape:
             return f"{name} has another shape"
@@ -73,11 +75,21 @@ def _plain_names(model: Any, layers: Mapping[str, Any]) -> dict[str, Tensor]:
     `layers`: those that PEFT wrapped, by name. What they hold beside the base's own is left out."""
     found: dict[str, Tensor] = {}
     for key, tensor in model.state_dict().items():
-        above = next((name for name in modules_above(key) if name in layers), None)
-        added = above is not None and not key.startswith(f"{above}.base_layer.")
+        above = [name for name in modules_above(key) if name in layers]
+        added = any(not key.startswith(f"{name}.base_layer.") for name in above)
         if not added and ".original_module." not in key:
-            found[key.replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")] = tensor
+            found[_plain(key).replace(".modules_to_save.default.", ".")] = tensor
     return found
+
+
+def _plain(name: str) -> str:
+    """Without what PEFT puts in where it wraps a layer, or one of experts several times."""
+    return re.sub(r"(\.base_layer)+(?=\.|$)", "", name)
+
+
+def _weight_of(name: str, layer: Any) -> str:
+    """The parameter that the wrapper `name` adapts."""
+    return f"{_plain(name)}.{getattr(layer, 'parameter_name', 'weight')}"
 
 
 def _by_peft(layer: Any, base: Tensor) -> tuple[Tensor, Tensor | float]:

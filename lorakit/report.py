@@ -42,7 +42,7 @@ def _modules(adapter: Adapter, trained: Sequence[Trained]) -> list[dict[str, Any
     counts: dict[str, int] = {}
     shapes: dict[str, tuple[int, int]] = {}
     for item in trained:
-        name = next((above for above in modules_above(item.name) if above in adapted), None)
+        name = item.layer or next((above for above in modules_above(item.name) if above in adapted), None)
         name = name or item.name.rpartition(".")[0].split(".modules_to_save.")[0]
         counts[name] = counts.get(name, 0) + item.parameter.numel()
         if item.parameter.dim() == 2:

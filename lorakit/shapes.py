@@ -1,19 +1,21 @@
 """Names and shapes of a model, told from its configuration alone: no torch, no weights.
 
-A layer is adaptable when it is a matrix: Linear, Conv1D (GPT-2's transposed Linear) or Embedding. Names are
-module paths from the root of the model ("model.layers.0.self_attn.q_proj"). TABLE describes the common
-decoders as transformers' AutoModelForCausalLM builds them, default by default; a test proves each equal to
-the model on the meta device. Not here: types outside the table, which layers.py builds on that device.
+A layer is adaptable when it is a matrix: Linear, Conv1D (GPT-2's transposed Linear) or Embedding; or as many
+matrices as a mixture has experts, in one parameter. Names are paths from the root of the model
+("model.layers.0.self_attn.q_proj"), of a module or, for experts, of that parameter. TABLE describes the
+common decoders as transformers' AutoModelForCausalLM builds them, default by default; a test proves each
+equal to the model on the meta device. Not here: types outside the table, which layers.py builds on that
+device.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, Literal
 
 from lorakit.errors import LorakitError
 
-Kind = Literal["linear", "conv1d", "embedding"]
+Kind = Literal["linear", "conv1d", "embedding", "experts"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,19 @@ class Layer:
     in_features: int
     out_features: int
     role: Literal["", "head", "router"] = ""
+    num_experts: int = 1  # matrices of this size
+    transposed: bool = False  # of experts: stored as (E, in, out) instead of (E, out, in)
+
+    @property
+    def weight(self) -> str:
+        """Name of its parameter in the model."""
+        return self.name if self.kind == "experts" else f"{self.name}.weight"
+
+
+def experts_layer(name: str, shape: Sequence[int], transposed: bool = False) -> Layer:
+    """The experts that the 3-D parameter `name` holds."""
+    number, outside, inside = (shape[0], shape[2], shape[1]) if transposed else shape
+    return Layer(name, "experts", inside, outside, "", number, transposed)
 
 
 @dataclass(frozen=True)
@@ -50,8 +65,8 @@ class Shapes:
 
     @property
     def experts(self) -> tuple[str, ...]:
-        """3-D expert weights, which nothing adapts yet."""
-        return tuple(name for name, shape in self.parameters.items() if is_expert(name, len(shape)))
+        """3-D expert weights, which `targets` never means."""
+        return tuple(layer.name for layer in self.layers if layer.kind == "experts")
 
     @property
     def others(self) -> dict[str, int]:
@@ -214,6 +229,7 @@ def _experts(model: _Model, at: str, hidden: int, number: int, inner: int, route
     }
     order = parts if router_first else [*list(parts)[1:], f"{at}.gate.weight"]
     model.parameters.update({name: parts[name] for name in order})
+    model.layers += [experts_layer(name, shape) for name, shape in parts.items() if len(shape) == 3]
 
 
 def _mixtral_experts(config: _Config, number: int) -> tuple[int, int, bool]:

@@ -59,10 +59,24 @@ def select(layers: Sequence[Layer], targets: str | Sequence[str]) -> tuple[list[
     """(the layers that `targets` names, in model order; what is wrong with `targets`, empty when nothing
     is)."""
     wanted = [targets] if isinstance(targets, str) else list(targets)
+    return _chosen([layer for layer in layers if layer.kind != "experts"], wanted, PRESETS)
+
+
+def select_experts(layers: Sequence[Layer], patterns: Sequence[str]) -> tuple[list[Layer], list[str]]:
+    """(the 3-D expert weights that `patterns` name, in model order; what is wrong with the patterns)."""
+    experts = [layer for layer in layers if layer.kind == "experts"]
+    if patterns and not experts:
+        return [], ["this model has no 3-D expert weights; what are layers of their own is named by targets"]
+    return _chosen(experts, patterns, ())
+
+
+def _chosen(
+    layers: Sequence[Layer], wanted: Sequence[str], presets: Sequence[str]
+) -> tuple[list[Layer], list[str]]:
     chosen: dict[str, Layer] = {}
     problems = []
     for pattern in wanted:
-        if pattern in PRESETS:
+        if pattern in presets:
             found = [layer for layer in layers if _in_preset(pattern, layer)]
         elif reason := bad_pattern(pattern):
             problems.append(reason)

@@ -89,7 +89,9 @@ def _train(
     account = account_lines(ready.rows, ready.held_out)
     told = (recipe, plan, ready.params, facts, account)
     on_rank_0(ranks, lambda: begin(run, *told, continued) if run else None)
-    announce(recipe, plan, ready.params, ready.base.experts, output)
+    adapted = {target.layer.name for target in adapter.targets}
+    experts = [name for name in ready.base.experts if name not in adapted]
+    announce(recipe, plan, ready.params, experts, output)
 
     # What the loop calls: pure functions of a step, and sums over ranks.
     batches, held_out = batches_of(ready, recipe, ranks)

@@ -46,6 +46,7 @@ class Trained:
     name: str
     parameter: nn.Parameter
     role: Role
+    layer: str = ""  # the adapted layer, where the name does not begin with it
 
 
 class Adapter(Protocol):

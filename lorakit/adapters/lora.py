@@ -10,6 +10,7 @@ DoRA scales every row of W + scale * B A to the trained length m, which starts a
 2024, arXiv 2402.09353, equation 5; the norm is held constant in the backward pass, section 4.3).
 """
 
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor
 
@@ -49,7 +51,9 @@ class LoraAdapter(Adapter):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # fan_in_fan_out of Conv1D, tied weights: decided and tested here
             self.peft: PeftModel = get_peft_model(model, config)
-        adapted = {item.name.split(".lora_")[0] for item in self.trained() if ".lora_" in item.name}
+        modules = self.peft.get_base_model().named_modules()
+        self._wrapped = {name: m for name, m in modules if isinstance(m, ParamWrapper)}
+        adapted = {item.layer for item in self.trained() if item.role is not Role.HEAD}
         assert adapted == {target.layer.name for target in targets}, (
             "PEFT adapted other layers than it was told"
         )
@@ -78,7 +82,20 @@ class LoraAdapter(Adapter):
 
     def trained(self) -> list[Trained]:
         base = self.peft.get_base_model()
-        return [Trained(name, p, _role(name)) for name, p in base.named_parameters() if p.requires_grad]
+        return [
+            Trained(name, p, _role(name), self._layer(name))
+            for name, p in base.named_parameters()
+            if p.requires_grad
+        ]
+
+    def _layer(self, name: str) -> str:
+        """The adapted layer that a parameter belongs to, or the empty string. Of experts it is the parameter
+        that is wrapped, once or several times over."""
+        place, found, _ = name.partition(".lora_")
+        if found and place in self._wrapped:
+            module, parameter = re.sub(r"(\.base_layer)+$", "", place), self._wrapped[place].parameter_name
+            return f"{module}.{parameter}"
+        return place if found else ""
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

@@ -88,7 +88,8 @@ def lora_config(
         lora_alpha=_plain(alpha),
         rank_pattern={t.layer.name: t.rank for t in targets if t.rank != rank},
         alpha_pattern={t.layer.name: _plain(t.alpha) for t in targets if t.alpha != alpha},
-        target_modules=[target.layer.name for target in targets],
+        target_modules=[target.layer.name for target in targets if target.layer.kind != "experts"],
+        target_parameters=[t.layer.name for t in targets if t.layer.kind == "experts"] or None,
         modules_to_save=list(train_also) or None,
         lora_dropout=dropout,
         use_rslora=rank_stabilized,
@@ -120,7 +121,8 @@ _CHANGES_NOTHING = {
         "peft_version",
         "qalora_group_size",
     ),
-    *("r", "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_dora"),
+    *("r", "rank_pattern", "revision", "runtime_config", "target_modules", "target_parameters"),
+    *("task_type", "use_dora"),
     "use_rslora",
 }
 
@@ -131,11 +133,12 @@ Change = Callable[[Tensor], Tensor]  # the base's weight -> the adapted one; bot
 @dataclass(frozen=True)
 class Factors:
     """What an adapter does to one layer: V = W + scale * B A; in DoRA m V / |V|, row by row. W is (out, in)
-    here, whatever the base stores."""
+    here, whatever the base stores. E experts have their A one after the other and their B interleaved: row
+    e * rank + k of A goes with column k * E + e of B."""
 
     target: Target
-    a: Tensor  # (rank, in)
-    b: Tensor  # (out, rank)
+    a: Tensor  # (rank, in); of experts (E * rank, in)
+    b: Tensor  # (out, rank); of experts (out, rank * E)
     scale: float
     magnitude: Tensor | None = None  # (out): m
 
@@ -150,6 +153,12 @@ class Factors:
 
     def update(self) -> Tensor:
         """scale * B A, in fp32 and in the weight's own layout."""
+        layer = self.target.layer
+        if layer.kind == "experts":
+            a = self.a.float().unflatten(0, (layer.num_experts, -1))  # (E, rank, in)
+            b = self.b.float().unflatten(1, (-1, layer.num_experts)).permute(2, 0, 1)  # (E, out, rank)
+            products: Tensor = self.scale * (b @ a)
+            return products.mT if layer.transposed else products
         product = self.scale * (self.b.float() @ self.a.float())
         # A Conv1D stores (in, out). An Embedding looks rows up: its A is (rank, vocabulary).
         return product if self.target.layer.kind == "linear" else product.T
@@ -196,7 +205,8 @@ def read_adapter(folder: Path, layers: Sequence[Layer]) -> Contents:
         tensors = load_file(folder / "adapter_model.safetensors")
     except (OSError, SafetensorError) as error:
         raise LorakitError(f"{folder / 'adapter_model.safetensors'}: cannot be read: {error}") from None
-    factors = [_factors(target, tensors, file) for target in file.targets(layers)]
+    places = {layer.name: place for place, layer in file.layers_at(layers).items()}
+    factors = [_factors(target, places[target.layer.name], tensors, file) for target in file.targets(layers)]
     kept = {name for inside in file.whole.values() for name in inside}
     copies, own, whole = {}, {}, {}
     for key, tensor in tensors.items():
@@ -207,14 +217,14 @@ def read_adapter(folder: Path, layers: Sequence[Layer]) -> Contents:
         own[key] = tensor
         if name in kept:
             whole[name] = tensor
-    changes = {f"{item.target.layer.name}.weight": item.applied for item in factors}
+    changes = {item.target.layer.weight: item.applied for item in factors}
     also, scaling = tuple(file.train_also), file.scaling
     return Contents(file.method, tuple(factors), changes, whole, copies, own, also, scaling)
 
 
-def _factors(target: Target, tensors: Mapping[str, Tensor], file: AdapterFile) -> Factors:
-    """Raises: LorakitError where magnitudes are there without DoRA, or DoRA without them."""
-    name = target.layer.name
+def _factors(target: Target, name: str, tensors: Mapping[str, Tensor], file: AdapterFile) -> Factors:
+    """`name`: where the tensors are. Raises: LorakitError where magnitudes are there without DoRA, or DoRA
+    without them."""
     ends = _EMBEDDING_NAMES if target.layer.kind == "embedding" else _NAMES
     a, b = (tensors[f"{PREFIX}{name}.lora_{end}"] for end in ends)
     magnitude = tensors.get(f"{PREFIX}{name}.lora_{_MAGNITUDE}")

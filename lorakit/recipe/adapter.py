@@ -5,6 +5,7 @@ from typing import Annotated, Any
 from pydantic import Discriminator, Tag
 
 from lorakit.recipe.methods import (
+    NO_DROPOUT,
     TRAITS,
     AdaLora,
     DeltaLora,
@@ -48,6 +49,8 @@ def conflicts(recipe: Any, written: Written) -> Conflicts:
         yield "adapter.method", traits.refuses["quantized"].format(recipe.model.quantize)
     if getattr(adapter, "start_from", None) is not None and written("adapter.init") is not None:
         yield "adapter.init", "has no effect with start_from: the weights come from there; delete it"
+    if adapter.method == "lora":
+        yield from _lora_conflicts(adapter)
     if adapter.method == "full" and written("model.dtype") == "bf16":
         yield "model.dtype", "full fine-tuning updates fp32 weights (bf16 loses small updates); delete it"
     elif adapter.method == "adalora":
@@ -59,6 +62,13 @@ def conflicts(recipe: Any, written: Written) -> Conflicts:
                 "adapter.start",
                 f"{adapter.start} steps before W follows do not fit into max_steps: {steps}",
             )
+
+
+def _lora_conflicts(adapter: Lora) -> Conflicts:
+    if not adapter.targets and not adapter.target_parameters:
+        yield "adapter.targets", "must not be empty"
+    if adapter.target_parameters and adapter.dropout > 0:
+        yield "adapter.dropout", f"experts cannot have it (target_parameters): {NO_DROPOUT}"
 
 
 def _adalora_conflicts(adapter: AdaLora, max_steps: int | None, written: Written) -> Conflicts:

@@ -78,12 +78,23 @@ class Lora(_Factors):
     method: Literal["lora"] = "lora"
     """How the weights move."""
 
+    targets: Pattern | tuple[Pattern, ...] = "all-linear"
+    """all-linear (output head and routers excluded), attention, mlp, a list of module names, or regular
+    expressions matched against the whole module path. Empty where target_parameters are all."""
+
+    target_parameters: tuple[Pattern, ...] = ()
+    """Expert weights of a mixture that are one 3-D parameter (Mixtral, Qwen3-MoE: gate_up_proj, down_proj):
+    ends of their names, or regular expressions for all of it. Every expert has an A and a B of its own."""
+
     dropout: Share = 0.0
     """Share of the adapter's input features set to zero in training."""
 
     start_from: str | None = None
     """Directory of an adapter to continue from, with a fresh optimizer. Rank, alpha and targets come from it.
     """
+
+
+NO_DROPOUT = "their update is added to the weight before any input is seen; write 0"
 
 
 class Dora(_Factors):
@@ -273,7 +284,10 @@ class Traits:
     checkpoint_bytes: int = 12  # per trained parameter: the parameter and AdamW's two moments
 
 
-_LIKE_LORA = ("rank", "alpha", "scaling", "targets", "rank_pattern", "alpha_pattern", "train_also")
+_LIKE_LORA = (
+    *("rank", "alpha", "scaling", "targets", "target_parameters"),
+    *("rank_pattern", "alpha_pattern", "train_also"),
+)
 
 
 def _of_lora(inside: int, outside: int, rank: int) -> int:

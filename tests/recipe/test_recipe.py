@@ -67,6 +67,7 @@ def test_a_minimal_recipe_has_the_defaults_of_the_design(here: Path) -> None:
             "scaling": "standard",
             "init": "default",
             "targets": "all-linear",
+            "target_parameters": (),
             "rank_pattern": {},
             "alpha_pattern": {},
             "train_also": (),
