@@ -7,7 +7,13 @@ zero, B at random. Sources: Hu et al. 2021, arXiv 2106.09685, equation 3; Kalajd
 order.
 
 DoRA scales every row of W + scale * B A to the trained length m, which starts at that of W's row (Liu et al.
-2024, arXiv 2402.09353, equation 5; the norm is held constant in the backward pass, section 4.3).
+2024, arXiv 2402.09353, equation 5; the length is held constant in the backward pass, section 4.3). With n =
+|W + scale * B A| a layer computes, as PEFT does,
+
+    y = W x + bias + (m / n - 1) W dropout(x) + m / n * scale * B A dropout(x),
+
+so that dropout leaves the base's own output whole. m starts at the lengths in fp32, also of a bf16 or 4-bit
+base: PEFT's are rounded to the base's dtype, by which step 0 is another model. A row of zeros is refused.
 """
 
 import re
@@ -78,7 +84,10 @@ class LoraAdapter(Adapter):
                     f"adapter: row {row} of {target.layer.name} is zero; DoRA divides by its length",
                     "Leave this layer out of adapter.targets, or write method: lora.",
                 )
-            layer.lora_magnitude_vector["default"].weight.data = lengths.detach().clone()
+            vector = layer.lora_magnitude_vector["default"]
+            vector.weight.data = lengths.detach().clone()
+            if target.layer.kind == "embedding":
+                vector.get_weight_norm = _lengths_of_columns
 
     def trained(self) -> list[Trained]:
         base = self.peft.get_base_model()
@@ -120,6 +129,15 @@ class LoraAdapter(Adapter):
 
     def write(self, folder: Path, base_name: str) -> None:
         write_adapter(folder, self.config(base_name), self.state())
+
+
+def _lengths_of_columns(weight: Tensor, lora_weight: Tensor, scaling: float, **_: Any) -> Tensor:
+    """(out,) |weight + scaling * lora_weight.T|, in fp32 at least: of an embedding's (vocabulary, out) PEFT
+    takes them in the base's dtype."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    moved = weight.to(wide).T + scaling * lora_weight.to(wide)
+    lengths: Tensor = torch.linalg.vector_norm(moved, dim=1)
+    return lengths
 
 
 def _role(name: str) -> Role:

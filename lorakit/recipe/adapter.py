@@ -45,8 +45,10 @@ def conflicts(recipe: Any, written: Written) -> Conflicts:
     traits = TRAITS[adapter.method]
     if traits.no_lr_ratio and written("optimizer.lr_ratio") is not None:
         yield "optimizer.lr_ratio", traits.no_lr_ratio.format(getattr(adapter, "type", ""))
-    if "quantized" in traits.refuses and recipe.model.quantize != "none":
-        yield "adapter.method", traits.refuses["quantized"].format(recipe.model.quantize)
+    held = recipe.model.quantize
+    for kind in ("quantized", held) if held != "none" else ():
+        if kind in traits.refuses:
+            yield "adapter.method", traits.refuses[kind].format(held)
     if getattr(adapter, "start_from", None) is not None and written("adapter.init") is not None:
         yield "adapter.init", "has no effect with start_from: the weights come from there; delete it"
     if adapter.method == "lora":

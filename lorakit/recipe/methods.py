@@ -276,7 +276,7 @@ class Traits:
     says: str  # one honest line, for the README
     source: str
     num_trained: Callable[[int, int, int], int]  # of I, O and R of one layer
-    refuses: Mapping[str, str] = field(default_factory=dict)  # kind of layer, or "quantized" -> why not
+    refuses: Mapping[str, str] = field(default_factory=dict)  # layer kind, "quantized", "int8", ... -> why
     no_lr_ratio: str = ""  # why B cannot have a learning rate of its own
     any_rank: bool = False  # the rank may be above a layer's smaller side
     scheduled: bool = False  # it must know how many steps there will be
@@ -309,6 +309,7 @@ TRAITS: dict[str, Traits] = {
         "sometimes better at small ranks; each step forms B A whole",
         "arXiv 2402.09353",
         lambda inside, outside, rank: rank * (inside + outside) + outside,
+        refuses={"int8": "PEFT loses the scales of 8-bit rows where DoRA measures their lengths; use nf4"},
         taken_over=_LIKE_LORA,
     ),
     "lora-fa": Traits(
