@@ -107,6 +107,8 @@ def _of_recipe(recipe: Recipe, remark: str = "") -> Count:
         rank = f", continued from {section.start_from}"
     told = f"{section.method}{rank}{remark}"
     about = [("model", f"{recipe.model.path}: {shapes.num_parameters:,} parameters"), ("adapter", told)]
+    if decided := TRAITS[section.method].data_decide:
+        about.append(("counted", decided))
     if not full and (left := set(shapes.experts) - {entry["name"] for entry in entries}):
         about.append(("experts", f"{len(left)} 3-D expert weights are not adapted"))
     moved = sum(entry["trainable"] for entry in entries) if full else 0

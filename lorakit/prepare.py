@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from lorakit import base_model, data, fast, model_files, report, tasks
+from lorakit import base_model, data, fast, model_files, tasks
 from lorakit.adapters import Adapter, attach
 from lorakit.base_model import Base
 from lorakit.data.batches import Batches, StreamBatches, first_tokens, heaviest
@@ -54,7 +54,7 @@ class Prepared:
     objective: Objective
     autocast: Callable[[], AbstractContextManager[Any]]
     plan: Plan
-    params: dict[str, Any]  # the content of params.json
+    num_base: int  # parameters of the base
 
 
 def prepare(recipe: Recipe, record: dict[str, Any], ranks: Accelerator) -> Prepared:
@@ -85,8 +85,7 @@ def prepare(recipe: Recipe, record: dict[str, Any], ranks: Accelerator) -> Prepa
     objective = Objective(base.model, tasks.build(recipe.task))
     autocast, decisions = fast_paths(recipe, objective, adapter, rows.tokens, autocast, decisions, ranks)
     plan = make_plan(recipe, 0 if rows.stream else rows.tokens.num_draws, decisions)
-    params = report.parameters(adapter, num_base)
-    ready = Prepared(tokenizer, rows, held_out, base, adapter, objective, autocast, plan, params)
+    ready = Prepared(tokenizer, rows, held_out, base, adapter, objective, autocast, plan, num_base)
     try_heaviest(ready, recipe, ranks.device)
     return ready
 

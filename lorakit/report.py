@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -47,16 +48,26 @@ def _modules(adapter: Adapter, trained: Sequence[Trained]) -> list[dict[str, Any
         counts[name] = counts.get(name, 0) + item.parameter.numel()
         if item.parameter.dim() == 2:
             shapes.setdefault(name, (item.parameter.shape[1], item.parameter.shape[0]))
-    entries = []
-    for name, count in counts.items():
+    entries, notes = [], adapter.notes()
+    for name, count in _with_sharers(counts, list(adapted)).items():
         target = adapted.get(name)
         if target:
             rank, (inner, outer) = ranks[name], (target.layer.in_features, target.layer.out_features)
         else:
             rank, (inner, outer) = 0, shapes.get(name, (1, count))
         entry = {"name": name, "in": inner, "out": outer, "rank": rank, "trainable": count}
-        entries.append(entry | ({"init_rank": target.rank} if target and adapter.moves_ranks else {}))
+        entry |= {"init_rank": target.rank} if target and adapter.moves_ranks else {}
+        entries.append(entry | notes.get(name, {}))
     return entries
+
+
+def _with_sharers(counts: dict[str, int], adapted: Sequence[str]) -> dict[str, int]:
+    """`counts` with a zero, in the model's order, for layers whose parameters are counted with another's."""
+    order = list(counts)
+    for before, name in pairwise(adapted):
+        if name not in counts:
+            order.insert(order.index(before) + 1, name)
+    return {name: counts.get(name, 0) for name in order}
 
 
 def as_json(params: dict[str, Any]) -> str:
@@ -71,7 +82,10 @@ def account_markdown(lines: Sequence[str]) -> str:
 
 def parameters_markdown(params: dict[str, Any]) -> str:
     changes = any("init_rank" in m for m in params["modules"])
+    judged = any("importance" in m for m in params["modules"])
+    lent = {m.get("shared_with") for m in params["modules"]}
     columns = ["module", "in", "out", "rank", *(["initial rank"] if changes else []), "trainable"]
+    columns += ["importance", "adapter"] if judged else []
     lines = [
         f"Trainable: {_share(params)} parameters",
         "",
@@ -81,7 +95,10 @@ def parameters_markdown(params: dict[str, Any]) -> str:
     for m in params["modules"]:
         rank = m["rank"] if m["rank"] or "init_rank" in m else "whole"
         initial = f" {m.get('init_rank', '')} |" if changes else ""
-        lines.append(f"| {m['name']} | {m['in']:,} | {m['out']:,} | {rank} |{initial} {m['trainable']:,} |")
+        line = f"| {m['name']} | {m['in']:,} | {m['out']:,} | {rank} |{initial} {m['trainable']:,} |"
+        own = "shared" if m["name"] in lent else "own"
+        whose = f"that of {m['shared_with']}" if "shared_with" in m else own
+        lines.append(line + (f" {m.get('importance', 0):.4f} | {whose} |" if judged else ""))
     if rank_cells(params):
         lines += ["", f"![Ranks, layer by module]({RANKS})", "", "Ranks, layer by module:", ""]
         lines += rank_table(params)

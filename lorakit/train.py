@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import Tensor
 
-from lorakit import loop, optim, runs
+from lorakit import loop, optim, report, runs
 from lorakit.data import account_lines
 from lorakit.data.batches import StreamEnded
 from lorakit.data.stream import Stream
@@ -20,6 +20,7 @@ from lorakit.devices import on_rank_0, start_ranks
 from lorakit.errors import Interrupted, RunError, out_of_memory
 from lorakit.evaluate import evaluate
 from lorakit.prepare import batches_of, facts_of, prepare
+from lorakit.probe import RunProbe
 from lorakit.recipe import Recipe, load_recipe
 from lorakit.signals import Stop, listen
 from lorakit.terminal import say
@@ -76,22 +77,25 @@ def _train(
 ) -> loop.Outcome:
     ready = prepare(recipe, record, ranks)
     adapter, plan = ready.adapter, ready.plan
-    optimizer = optim.build(recipe.optimizer, adapter.trained())
 
     # Continue where a run stopped, or begin; then write what will be done.
     facts = facts_of(ready, ranks)
     if record:
         runs.check_facts(record, facts)
     continued = continue_from(resume, output, record)
-    state = restore(continued, adapter, optimizer)
-    runs.check_space(output, disk_needed(recipe, ready.params), product(recipe))
+    probing = adapter.looks_at_data and continued is None
+    if probing:
+        adapter.prepare(RunProbe(ready, recipe, ranks))
+    optimizer, state = restore(continued, adapter, recipe.optimizer)
+    params = report.parameters(adapter, ready.num_base)
+    runs.check_space(output, disk_needed(recipe, params), product(recipe))
     ranks.wait_for_everyone()  # all have read the checkpoint before rank 0 deletes what is later
     account = account_lines(ready.rows, ready.held_out)
-    told = (recipe, plan, ready.params, facts, account)
+    told = (recipe, plan, params, facts, account)
     on_rank_0(ranks, lambda: begin(run, *told, continued) if run else None)
     adapted = {target.layer.name for target in adapter.targets}
     experts = [name for name in ready.base.experts if name not in adapted]
-    announce(recipe, plan, ready.params, experts, output)
+    announce(recipe, plan, params, experts, output)
 
     # What the loop calls: pure functions of a step, and sums over ranks.
     batches, held_out = batches_of(ready, recipe, ranks)
@@ -120,7 +124,7 @@ def _train(
         ranks=ranks,
         recipe=recipe,
         plan=plan,
-        params=ready.params,
+        params=params,
         base_fingerprint=ready.base.fingerprint,
         adapter=adapter,
         optimizer=optimizer,
@@ -128,6 +132,8 @@ def _train(
     )
     if recipe.log.trackers:
         ranks.init_trackers(output.name)
+    if probing:
+        writer.checkpoint(state)
     stop.arm()
     with writer.shown(state):
         try:

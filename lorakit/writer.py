@@ -60,15 +60,17 @@ def continue_from(resume: str, output: Path, record: dict[str, Any]) -> Path | N
     return named
 
 
-def restore(folder: Path | None, adapter: Adapter, optimizer: torch.optim.Optimizer) -> TrainState:
-    """The state of a checkpoint, with adapter and optimizer as they were then; None: a new state."""
+def restore(folder: Path | None, adapter: Adapter, section: Any) -> tuple[torch.optim.Optimizer, TrainState]:
+    """The optimizer of the recipe's `section` and the state of a checkpoint, with the adapter as it was then;
+    None: a new state. What is trained may be among what the checkpoint says."""
     if folder is None:
-        return TrainState()
+        return optim.build(section, adapter.trained()), TrainState()
     saved = checkpoint.load(folder)
     adapter.load_state(saved.adapter)
+    optimizer = optim.build(section, adapter.trained())
     optim.load_state(optimizer, adapter.trained(), saved.optimizer)
     say(f"resume    from {folder}")
-    return TrainState(**saved.state)
+    return optimizer, TrainState(**saved.state)
 
 
 def begin(
@@ -86,7 +88,7 @@ def begin(
     for later in checkpoint.folders(run.checkpoints):
         if checkpoint.step_of(later) > at:
             shutil.rmtree(later)
-    run.cut_metrics(at)
+    run.cut_metrics(at or -1)  # what belongs to step 0 is measured again
     packages = (
         "torch",
         "transformers",

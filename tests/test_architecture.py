@@ -32,6 +32,7 @@ LEVELS = [
     {"score", "chat", "preview_html"},
     {"writer"},
     {"prepare"},
+    {"probe"},
     {"train"},
     {"startup"},
     {"cli"},

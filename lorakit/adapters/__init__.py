@@ -5,6 +5,7 @@ other than those of its adapter. To add one: its file here, its section and its 
 one line in METHODS.
 """
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
+from lorakit.micro_batch import MicroBatch
 from lorakit.targets import Target
 
 METHODS = {  # name -> module:class, imported on use
@@ -25,6 +27,7 @@ METHODS = {  # name -> module:class, imported on use
     "adalora": "lorakit.adapters.adalora:AdaLoraAdapter",
     "vera": "lorakit.adapters.vera:VeraAdapter",
     "delta-lora": "lorakit.adapters.delta_lora:DeltaLoraAdapter",
+    "lora-drop": "lorakit.adapters.lora_drop:LoraDropAdapter",
     "full": "lorakit.adapters.full:FullAdapter",
 }
 
@@ -49,6 +52,22 @@ class Trained:
     layer: str = ""  # the adapted layer, where the name does not begin with it
 
 
+class Probe(Protocol):
+    """A sample of the training rows, for methods that decide something by it before step 0."""
+
+    def train(self, share: float) -> None:
+        """Draws `share` of the rows (from 1: so many rows) and trains the adapter on them, each seen once."""
+
+    def micro_batches(self) -> Iterator[MicroBatch]:
+        """This rank's part of the rows that train() drew."""
+
+    def forward(self, micro: MicroBatch) -> None:
+        """Runs the model without gradients and dropout, each token in its own row."""
+
+    def sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        """The sum of what all ranks give, on all ranks."""
+
+
 class Adapter(Protocol):
     """An attached adapter. The model it was attached to computes with it from then on.
 
@@ -58,9 +77,14 @@ class Adapter(Protocol):
 
     targets: tuple[Target, ...]  # the adapted layers with their rank and alpha; empty for full fine-tuning
     moves_ranks: bool = False  # whether training decides the ranks
+    looks_at_data: bool = False  # whether prepare() does anything; its result is checkpoint 0
 
     def trained(self) -> list[Trained]:
         """Every parameter that moves, in a fixed order."""
+
+    def prepare(self, probe: Probe) -> None:
+        """Decides before step 0 what the data must decide; trained() may be another afterwards."""
+        return None
 
     def penalty(self) -> Tensor | None:
         """A regulariser added to the loss once per optimizer step, alike on every rank."""
@@ -82,6 +106,10 @@ class Adapter(Protocol):
         """Whether after `step` steps the adapter has the shape it was asked for: only then may it be the
         best."""
         return True
+
+    def notes(self) -> dict[str, dict[str, Any]]:
+        """What params.json says of a layer beside its sides, rank and count."""
+        return {}
 
     def measures(self) -> dict[str, float]:
         """What a line of metrics.jsonl says of the adapter beside the loss."""

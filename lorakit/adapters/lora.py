@@ -32,7 +32,7 @@ from torch import Tensor
 from lorakit.adapters import Adapter, Role, Trained, copy_into
 from lorakit.adapters.lora_files import config_as_json, lora_config, write_adapter
 from lorakit.errors import LorakitError
-from lorakit.recipe.methods import DeltaLora, Dora, Lora, LoraFa
+from lorakit.recipe.methods import DeltaLora, Dora, Lora, LoraDrop, LoraFa
 from lorakit.targets import Target
 
 _INIT: dict[str, bool | str] = {"default": True, "gaussian": "gaussian"}
@@ -41,7 +41,7 @@ _INIT: dict[str, bool | str] = {"default": True, "gaussian": "gaussian"}
 class LoraAdapter(Adapter):
     def __init__(
         self,
-        section: Lora | Dora | LoraFa | DeltaLora,
+        section: Lora | Dora | LoraFa | DeltaLora | LoraDrop,
         model: Any,
         targets: Sequence[Target],
         seed: int,

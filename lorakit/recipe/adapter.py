@@ -57,6 +57,8 @@ def conflicts(recipe: Any, written: Written) -> Conflicts:
         yield "model.dtype", "full fine-tuning updates fp32 weights (bf16 loses small updates); delete it"
     elif adapter.method == "adalora":
         yield from _adalora_conflicts(adapter, recipe.training.max_steps, written)
+    elif adapter.method == "lora-drop" and recipe.data.streaming:
+        yield "data.streaming", "lora-drop needs rows to draw a sample from before step 0; a stream has none"
     elif adapter.method == "delta-lora":
         steps = recipe.training.max_steps
         if isinstance(adapter.start, int) and steps is not None and adapter.start >= steps:

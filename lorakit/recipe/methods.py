@@ -280,6 +280,7 @@ class Traits:
     no_lr_ratio: str = ""  # why B cannot have a learning rate of its own
     any_rank: bool = False  # the rank may be above a layer's smaller side
     scheduled: bool = False  # it must know how many steps there will be
+    data_decide: str = ""  # what of its count only the data can tell
     taken_over: tuple[str, ...] = ()  # fields that start_from decides where the recipe does not say them
     checkpoint_bytes: int = 12  # per trained parameter: the parameter and AdamW's two moments
 
@@ -359,6 +360,7 @@ TRAITS: dict[str, Traits] = {
         "arXiv 2402.07721",
         _of_lora,
         refuses={"embedding": "what it adds to its output cannot be compared with what a matrix adds"},
+        data_decide="at most: layers that matter little will share, and how many do, the data decide",
     ),
     "full": Traits(
         Full,
