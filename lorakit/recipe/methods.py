@@ -213,8 +213,7 @@ class DeltaLora(_Factors):
     """How much of each change of scale * B A is given to W (lambda of the paper)."""
 
     start: Share | Annotated[int, Field(ge=0)] = 0
-    """Steps before W begins to follow: below 1 a share of the steps, from 1 a number of steps (K of the
-    paper)."""
+    """Steps before W begins to follow (K of the paper): below 1 a share of all, from 1 a number of steps."""
 
 
 class LoraDrop(_Product):
