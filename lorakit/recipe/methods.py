@@ -90,8 +90,7 @@ class Lora(_Factors):
     """Share of the adapter's input features set to zero in training."""
 
     start_from: str | None = None
-    """Directory of an adapter to continue from, with a fresh optimizer. Rank, alpha and targets come from it.
-    """
+    """Directory of an adapter to continue from, with a fresh optimizer; rank, alpha, targets come from it."""
 
 
 NO_DROPOUT = "their update is added to the weight before any input is seen; write 0"
