@@ -217,6 +217,40 @@ def test_adalora_adds_one_number_per_rank(tmp_path: Path) -> None:
     assert {(module["rank"], module["init_rank"]) for module in found["modules"]} == {(64, 64)}
 
 
+# (what the recipe says, trainable): PEFT's own benchmark on Llama 3.2 3B, queries and values
+BENCHMARK = {
+    "dora": (["method=dora", "rank=32"], 9_289_728),
+    "lora-fa": (["method=lora-fa", "rank=32"], 3_670_016),
+    "vera": (["method=vera", "rank=256"], 129_024),
+    "adalora": (["method=adalora", "init_rank=64"], 18_353_664),
+    "delta-lora": (["method=delta-lora", "rank=32"], 9_175_040),  # as LoRA: what W takes over is not trained
+}
+
+
+@pytest.mark.parametrize("name", BENCHMARK)
+def test_the_methods_of_pefts_benchmark(name: str, tmp_path: Path) -> None:
+    fields, trainable = BENCHMARK[name]
+    overrides = [f"adapter.{field}" for field in [*fields, f"targets={QV}"]]
+    found = lorakit.count_params(model(tmp_path, LLAMA_32_3B), overrides)
+    assert (found["trainable"], len(found["modules"])) == (trainable, 56)
+
+
+@pytest.mark.parametrize(
+    ("targets", "rank", "billions"),
+    [
+        ("[mlp, lm_head]", 256, 0.49),
+        ("[attention, lm_head]", 256, 0.25),
+        ("[all-linear, lm_head]", 256, 0.70),
+        ("[mlp, lm_head]", 128, 0.24),
+    ],
+)
+def test_the_table_of_thinking_machines(targets: str, rank: int, billions: float, tmp_path: Path) -> None:
+    """Schulman et al. 2025, "LoRA Without Regret": Llama 3.1 8B, which adapts the head in every row."""
+    overrides = [f"adapter.rank={rank}", f"adapter.targets={targets}"]
+    found = lorakit.count_params(model(tmp_path, LLAMA_31_8B), overrides)
+    assert found["trainable"] / 1e9 == pytest.approx(billions, abs=0.0051)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Runs
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from lorakit.adapters import adalora
 from tests.conftest import metrics
 
 ADAPTER = "adapter/adapter_model.safetensors"
+STATE = ("adapter_model", "optimizer")  # of a checkpoint
 
 
 def torchrun(recipe: Path, output: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -88,6 +90,7 @@ def test_adalora_takes_the_same_away_in_two_processes(
         adapter={"method": "adalora", "init_rank": 6, "target_rank": 2, "interval": 2, "warmup": 0.2},
         training={"max_steps": 20, "batch_size": 5, "micro_batch_tokens": 64},
         optimizer={"lr": 1e-2},
+        checkpoint={"every": 4, "keep": 9},
     )
     assert cli("train", recipe, "--output", tmp_path / "one")[0] == 0
     assert min(gaps) > 1e-3  # rounding moves a score by less than a hundredth of that
@@ -104,6 +107,29 @@ def test_adalora_takes_the_same_away_in_two_processes(
         )
     first, second = vector(tmp_path / "one"), vector(tmp_path / "two")
     assert (first - second).norm() <= 1e-5 * first.norm()
+    resumed_in_the_middle(recipe, tmp_path)
+
+
+def resumed_in_the_middle(recipe: Path, folder: Path) -> None:
+    """The same run in two processes, stopped after step 8 while the budget falls (of 20 steps 4 are warm-up,
+    14 bring the ranks to rest): from there on bit for bit the run that was not stopped."""
+    straight, resumed = folder / "two", folder / "resumed"
+    shutil.copytree(straight, resumed)
+    record = json.loads((resumed / "run.json").read_text())
+    (resumed / "run.json").write_text(json.dumps(record | {"status": "interrupted"}))
+    shutil.rmtree(resumed / "adapter")
+    done = torchrun(recipe, resumed, "--resume", "step-000008")
+    assert done.returncode == 0, done.stderr
+    for file in (ADAPTER, *(f"checkpoints/step-000020/{name}.safetensors" for name in STATE)):
+        assert (resumed / file).read_bytes() == (straight / file).read_bytes(), file
+    *before, told = metrics(straight)
+    *after, same = metrics(resumed)
+    assert told == same
+    assert [(line["step"], line["loss"], line["budget"]) for line in before] == [
+        (line["step"], line["loss"], line["budget"]) for line in after
+    ]
+    budgets = {line["step"]: line["budget"] for line in before}
+    assert budgets[4] > budgets[8] > budgets[12] > budgets[20]
 
 
 def test_errors_are_told_once_and_a_changed_number_of_processes_is_refused(
