@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -110,6 +111,10 @@ def test_adalora_takes_the_same_away_in_two_processes(
     resumed_in_the_middle(recipe, tmp_path)
 
 
+def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_s")} for line in lines]
+
+
 def resumed_in_the_middle(recipe: Path, folder: Path) -> None:
     """The same run in two processes, stopped after step 8 while the budget falls (of 20 steps 4 are warm-up,
     14 bring the ranks to rest): from there on bit for bit the run that was not stopped."""
@@ -125,10 +130,8 @@ def resumed_in_the_middle(recipe: Path, folder: Path) -> None:
     *before, told = metrics(straight)
     *after, same = metrics(resumed)
     assert told == same
-    assert [(line["step"], line["loss"], line["budget"]) for line in before] == [
-        (line["step"], line["loss"], line["budget"]) for line in after
-    ]
-    budgets = {line["step"]: line["budget"] for line in before}
+    assert without_times(before) == without_times(after)
+    budgets = {line["step"]: line["budget"] for line in before if "budget" in line}
     assert budgets[4] > budgets[8] > budgets[12] > budgets[20]
 
 
