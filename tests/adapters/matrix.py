@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from lorakit.base_model import Base
 from lorakit.data.batches import Batches
 from lorakit.devices import autocast_for, start_ranks
 from lorakit.layers import num_parameters
+from lorakit.probe import RunProbe
 from lorakit.recipe import Recipe, load_recipe
 from lorakit.recipe.methods import TRAITS
 from tests.samples import made
@@ -213,6 +215,21 @@ def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
+class Alone:
+    """The only process of a run."""
+
+    process_index, num_processes, device = 0, 1, CPU
+
+    def prepare(self, objective: Any) -> Any:
+        return objective
+
+    def reduce(self, tensor: Tensor, how: str) -> Tensor:
+        return tensor
+
+    def free_memory(self) -> None:
+        pass
+
+
 class Attached:
     """A cell with its adapter on a base of its own, ready to be trained."""
 
@@ -243,7 +260,22 @@ class Attached:
 
     def restore(self, folder: Path) -> loop.TrainState:
         """As the training does with a checkpoint."""
-        return writer.restore(folder, self.adapter, self.optimizer)
+        self.optimizer, state = writer.restore(folder, self.adapter, self.recipe.optimizer)
+        return state
+
+    def look_at_data(self, objective: Any, ranks: Any) -> None:
+        """What the data decide before step 0, as in a run."""
+        plan = {"training.micro_batch_tokens": 100, "data.packing": False}
+        ready: Any = SimpleNamespace(
+            rows=SimpleNamespace(tokens=samples()),
+            adapter=self.adapter,
+            objective=objective,
+            autocast=self.autocast,
+            plan=plan,
+        )
+        self.adapter.prepare(RunProbe(ready, self.recipe, ranks or Alone()))  # type: ignore[arg-type]
+        self.optimizer = optim.build(self.recipe.optimizer, self.adapter.trained())
+        self.declared = {item.name: item.parameter for item in self.adapter.trained()}
 
     def train(
         self,
@@ -253,8 +285,10 @@ class Attached:
         checkpoints: Path | None = None,
     ) -> "Attached":
         self.checkpoints = checkpoints
-        state = state or loop.TrainState()
         objective: Any = tasks.Objective(self.model, tasks.build(self.recipe.task))
+        if state is None and self.adapter.looks_at_data:
+            self.look_at_data(objective, ranks)
+        state = state or loop.TrainState()
         rank, num_ranks = (ranks.process_index, ranks.num_processes) if ranks else (0, 1)
         batches = Batches(samples(), 4, 3, micro_batch_tokens, False, rank, num_ranks)
         more: dict[str, Any] = {}

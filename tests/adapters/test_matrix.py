@@ -229,6 +229,10 @@ def closed_form(cell: Cell, run: Attached) -> int:
             "conv1d": 2 * (2 * h * i + i + h) + 2 * h,
             "embedding": v * h,
         }[cell.kind]
+    if cell.method == "lora-drop":  # those that are kept, and one for each kind of which some are not
+        kept = run.adapter.kept.reshape(len(layers), -1).T.tolist()  # type: ignore[attr-defined]
+        sizes = [RANK * (a + b) for a, b in layers[0]]
+        return sum(size * (sum(own) + (not all(own))) for size, own in zip(sizes, kept, strict=True))
     ranks = [2 if cell.variant == "lora patterns" and layer is layers[-1] else RANK for layer in layers]
     if cell.variant == "lora patterns" and len(layers) > 1:
         ranks = [RANK, 2]
