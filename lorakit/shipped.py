@@ -1,7 +1,7 @@
 """The recipes that come with lorakit: beside the package in a checkout, inside it once installed.
 
-A recipe is a file or a folder with a recipe.yaml and what that needs; its name is that of the file without
-suffix, or of the folder.
+A recipe is a file, in methods/ where it shows a method, or a folder with a recipe.yaml and what that needs;
+its name is that of the file without suffix, or of the folder.
 """
 
 import re
@@ -22,9 +22,11 @@ def folder() -> Path:
 
 
 def recipes() -> dict[str, Path]:
-    """Name -> its YAML file, sorted by name."""
+    """Name -> its YAML file: sorted by name, those of the methods last."""
     files = {path.stem: path for path in folder().glob("*.yaml")}
-    return dict(sorted((files | {path.parent.name: path for path in folder().glob("*/recipe.yaml")}).items()))
+    folders = {path.parent.name: path for path in folder().glob("*/recipe.yaml")}
+    methods = {path.stem: path for path in folder().glob("methods/*.yaml")}
+    return dict(sorted((files | folders).items())) | dict(sorted(methods.items()))
 
 
 def find(name: str) -> Path:
@@ -58,29 +60,39 @@ def listing() -> str:
 def copy(name: str, destination: Path) -> Path:
     """Copy a recipe, and what it needs, into the directory `destination`; returns the copy's YAML file.
 
-    The schema goes where the recipe's first line looks for it; a recipe that it extends goes beside it.
-    Raises: LorakitError when the copy would replace something.
+    All lies there as it lies here: the schema where the recipe's first line looks for it, a recipe that it
+    extends beside it, the folder whose model and data it uses too. Raises: LorakitError when the copy would
+    replace something.
     """
     source = find(name)
-    single = source.parent == folder()
-    wanted = _with_parents(source) if single else [source.parent]
-    target = destination / wanted[0].name
+    wanted = _needed(source)
+    target = destination / wanted[0].relative_to(folder())
     if target.exists() or target.is_symlink():
         raise LorakitError(f"{target} exists", "Move it away, or give another folder.")
     try:
-        destination.mkdir(parents=True, exist_ok=True)
         for path in (folder() / SCHEMA, *reversed(wanted)):
-            if not (destination / path.name).exists():
-                _copy(path, destination / path.name)
+            place = destination / path.relative_to(folder())
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if not place.exists():
+                _copy(path, place)
     except OSError as error:
         raise LorakitError(f"{error.filename or destination}: {error.strerror or error}") from None
-    return target if single else target / source.name
+    return destination / source.relative_to(folder())
 
 
-def _with_parents(recipe: Path) -> list[Path]:
-    """A single-file recipe and the ones it extends, which lie beside it."""
-    extends = re.search(r"^extends: *(\S+)", recipe.read_text("utf-8"), re.MULTILINE)
-    return [recipe, *(_with_parents(recipe.parent / extends[1]) if extends else [])]
+def _needed(recipe: Path) -> list[Path]:
+    """What a recipe needs, itself first: its folder, or its file with the recipes that it extends, which lie
+    beside it, and the folders of other recipes that it names."""
+    if recipe.name == "recipe.yaml":
+        return [recipe.parent]
+    text = recipe.read_text("utf-8")
+    extends = re.search(r"^extends: *(\S+)", text, re.MULTILINE)
+    others = dict.fromkeys(re.findall(r": \.\./([\w-]+)/", text))
+    return [
+        recipe,
+        *(_needed(recipe.parent / extends[1]) if extends else []),
+        *(folder() / name for name in others),
+    ]
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -12,7 +12,8 @@ from lorakit.errors import LorakitError
 from lorakit.recipe import load_recipe
 from tests.conftest import ROOT
 
-NAMES = sorted([path.stem for path in ROOT.glob("recipes/*.yaml")] + ["quickstart"])
+METHODS = sorted(path.stem for path in ROOT.glob("recipes/methods/*.yaml"))
+NAMES = sorted([path.stem for path in ROOT.glob("recipes/*.yaml")] + ["quickstart"]) + METHODS
 
 
 def test_every_recipe_is_listed_with_its_purpose(cli) -> None:
@@ -75,10 +76,24 @@ def test_a_recipe_is_copied_with_the_one_it_extends_and_never_over_the_users(tmp
     assert mine.read_text() == "mine"
 
 
-@pytest.mark.parametrize("name", ["quickstart", "smollm2-135m-lora"])
+def test_a_recipe_of_a_method_is_copied_with_the_model_and_data_that_it_uses(tmp_path: Path) -> None:
+    path = shipped.copy("dora", tmp_path)
+    assert path == tmp_path / "methods" / "dora.yaml"
+    recipe = load_recipe(path)
+    assert Path(recipe.model.path).resolve() == (tmp_path / "quickstart" / "model").resolve()
+    assert (tmp_path / "quickstart" / "model" / "model.safetensors").is_file()
+    assert (tmp_path / "quickstart" / "train.jsonl").is_file()
+
+    (tmp_path / "quickstart" / "train.jsonl").write_text("mine")
+    assert shipped.copy("lora", tmp_path) == tmp_path / "methods" / "lora.yaml"
+    assert (tmp_path / "quickstart" / "train.jsonl").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["quickstart", "smollm2-135m-lora", "lora"])
 def test_what_exists_is_not_replaced(name: str, tmp_path: Path, cli) -> None:
     assert cli("recipes", "copy", name, tmp_path)[0] == 0
-    target = tmp_path / ("quickstart/recipe.yaml" if name == "quickstart" else f"{name}.yaml")
+    places = {"quickstart": "quickstart/recipe.yaml", "lora": "methods/lora.yaml"}
+    target = tmp_path / places.get(name, f"{name}.yaml")
     target.write_text("mine")
     code, out, err = cli("recipes", "copy", name, tmp_path)
     assert (code, out) == (2, "")

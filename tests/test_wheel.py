@@ -56,7 +56,12 @@ def bin_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_from_a_wheel_to_a_trained_adapter(bin_folder: Path, tmp_path: Path) -> None:
     lorakit = bin_folder / "lorakit"
     listed = call(tmp_path, lorakit, "recipes", "list").splitlines()
-    assert len(listed) == len(list(ROOT.glob("recipes/*.yaml")) + list(ROOT.glob("recipes/*/recipe.yaml")))
+    files = [
+        path
+        for pattern in ("*.yaml", "*/recipe.yaml", "methods/*.yaml")
+        for path in ROOT.glob(f"recipes/{pattern}")
+    ]
+    assert len(listed) == len(files)
     shown = call(tmp_path, lorakit, "recipes", "show", "quickstart")
     assert shown == (ROOT / "recipes" / "quickstart" / "recipe.yaml").read_text()
 

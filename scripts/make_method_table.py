@@ -1,0 +1,137 @@
+"""Bring what is known of every method into the README's table and the headers of recipes/methods/.
+
+    python scripts/make_method_table.py [--check]
+
+The table comes from the registry (lorakit/recipe/methods.py: TRAITS): what a layer computes, what is said of
+it, the trained parameters of a layer as its formula spells them, what it refuses and why. The costs come from
+the newest docs/bench_methods-*.json (scripts/bench_methods.py). --check: write nothing, exit 1 where
+something is not as this script makes it.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from lorakit.recipe.methods import TRAITS, Traits
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+RECIPES = ROOT / "recipes" / "methods"
+BEGIN = "<!-- made by scripts/make_method_table.py: change TRAITS in lorakit/recipe/methods.py -->"
+END = "<!-- end of what is made -->"
+COST = re.compile(r"^# Cost beside LoRA's: .*\n# \(.*\)\.\n", re.MULTILINE)
+KINDS = {"embedding": "embeddings", "quantized": "quantized bases"}
+WORDS = {"step_s": "step", "peak_bytes": "memory", "adapter_bytes": "file", "checkpoint_bytes": "checkpoint"}
+
+
+class Term:
+    """A symbol that writes down what is done to it: the formula of a count from the function that counts."""
+
+    def __init__(self, text: str, is_sum: bool = False) -> None:
+        self.text, self.is_sum = text, is_sum
+
+    def __add__(self, other: "Term") -> "Term":
+        return Term(f"{self.text} + {other.text}", True)
+
+    def __mul__(self, other: "Term") -> "Term":
+        inside = [f"({term.text})" if term.is_sum else term.text for term in (self, other)]
+        return Term("".join(inside) if inside[1].startswith("(") else "·".join(inside))
+
+
+def formula(traits: Traits) -> str:
+    """Trained parameters of a layer, such as R(I + O)."""
+    if traits.num_trained is None:
+        return "as PEFT's layers have"
+    count: Any = traits.num_trained
+    return count(Term("I"), Term("O"), Term("R")).text
+
+
+def newest_costs() -> dict[str, Any] | None:
+    """The newest file of bench_methods.py, its name with it; None before there is one."""
+    files = sorted((ROOT / "docs").glob("bench_methods-*.json"))
+    return {"file": files[-1].name} | json.loads(files[-1].read_text()) if files else None
+
+
+def method_table(costs: dict[str, Any] | None) -> str:
+    """The table of the README, markers and all."""
+    columns = ["`method`", "a layer computes", "trained per layer", "", "refuses", "source"]
+    if costs:
+        columns[3:3] = ["step", "memory"]
+    lines = [BEGIN, f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for method, traits in TRAITS.items():
+        recipe = recipe_of(method)
+        link = f"[`{method}`](recipes/methods/{recipe}.yaml)" if recipe else f"`{method}`"
+        row = [link, traits.update, formula(traits), traits.says]
+        row += [refusals(traits), source(traits.source)]
+        if costs:
+            row[3:3] = against_lora(costs, recipe)
+        cells = [cell.replace("|", "\\|") for cell in row]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, END])
+
+
+def recipe_of(method: str) -> str:
+    """The recipe that shows a method: the one of its name, else the first whose name begins with it."""
+    names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    return method if method in names else next((n for n in names if n.startswith(f"{method}-")), "")
+
+
+def against_lora(costs: dict[str, Any], name: str) -> list[str]:
+    """Cells of step and memory; empty where a recipe was not measured."""
+    ratio = costs["summary"].get(name, {}).get("against_lora")
+    return [f"x {ratio[quantity]:.2f}" if ratio else "" for quantity in ("step_s", "peak_bytes")]
+
+
+def refusals(traits: Traits) -> str:
+    """Kinds of layers and of bases with the reason, without what to do about it."""
+    reasons = {kind: why.partition("; ")[0].format("such") for kind, why in traits.refuses.items()}
+    return "; ".join(f"{KINDS.get(kind, f'{kind} bases')}: {why}" for kind, why in reasons.items())
+
+
+def source(text: str) -> str:
+    return re.sub(r"^arXiv (\S+)$", r"[\1](https://arxiv.org/abs/\1)", text)
+
+
+def cost_lines(name: str, costs: dict[str, Any] | None) -> str:
+    """The two lines of a recipe's header that say what the method costs."""
+    if costs is None or name not in costs["summary"]:
+        return "# Cost beside LoRA's: not measured yet\n# (scripts/bench_methods.py).\n"
+    ratio, about = costs["summary"][name]["against_lora"], costs["about"]
+    told = ", ".join(f"{word} x {ratio[quantity]:.2f}" for quantity, word in WORDS.items())
+    versions = ", ".join(f"{package} {about['versions'][package]}" for package in ("torch", "peft"))
+    where = f"{about['threads']} CPU cores, {versions}"
+    return f"# Cost beside LoRA's: {told}\n# (docs/{costs['file']}: {where}).\n"
+
+
+def wanted() -> dict[Path, str]:
+    """Every file that holds something made here, as it should be."""
+    costs = newest_costs()
+    text = README.read_text()
+    before, rest = text.split(BEGIN)
+    files = {README: before + method_table(costs) + rest.split(END, 1)[1]}
+    for path in sorted(RECIPES.glob("*.yaml")):
+        recipe = path.read_text()
+        assert len(COST.findall(recipe)) == 1, f"{path}: expected two lines on its cost"
+        files[path] = COST.sub(lambda _, stem=path.stem: cost_lines(stem, costs), recipe)
+    return files
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    changed = {path: text for path, text in wanted().items() if path.read_text() != text}
+    for path, text in changed.items():
+        print(path.relative_to(ROOT))
+        if not check:
+            path.write_text(text)
+    return 1 if check and changed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
