@@ -165,6 +165,8 @@ def _cell(place: tuple[float, float, float], entry: Entry, top: int, shared: boo
     told = f"{entry['name']}: rank {entry['rank']}"
     if "init_rank" in entry:
         told += f" of {entry['init_rank']}"
+    if "importance" in entry:
+        told += f", importance {entry['importance']:.4f}"
     if shared:
         told += ", shared"
     yield from _square(place, entry["rank"], top, shared, told)

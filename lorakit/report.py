@@ -100,8 +100,9 @@ def parameters_markdown(params: dict[str, Any]) -> str:
         whose = f"that of {m['shared_with']}" if "shared_with" in m else own
         lines.append(line + (f" {m.get('importance', 0):.4f} | {whose} |" if judged else ""))
     if rank_cells(params):
-        lines += ["", f"![Ranks, layer by module]({RANKS})", "", "Ranks, layer by module:", ""]
-        lines += rank_table(params)
+        lines += ["", f"![Ranks, layer by module]({RANKS})"]
+    if changes:
+        lines += ["", "Ranks, layer by module:", "", *rank_table(params)]
     return "\n".join(lines) + "\n"
 
 

@@ -24,6 +24,7 @@ BEGIN = "<!-- made by scripts/make_method_table.py: change TRAITS in lorakit/rec
 END = "<!-- end of what is made -->"
 COST = re.compile(r"^# Cost beside LoRA's: .*\n# \(.*\)\.\n", re.MULTILINE)
 KINDS = {"embedding": "embeddings", "quantized": "quantized bases"}
+UPPER_BOUNDS = ("lora-drop",)  # of layers that share, one counts
 WORDS = {"step_s": "step", "peak_bytes": "memory", "adapter_bytes": "file", "checkpoint_bytes": "checkpoint"}
 
 
@@ -64,7 +65,8 @@ def method_table(costs: dict[str, Any] | None) -> str:
     for method, traits in TRAITS.items():
         recipe = recipe_of(method)
         link = f"[`{method}`](recipes/methods/{recipe}.yaml)" if recipe else f"`{method}`"
-        row = [link, traits.update, formula(traits), traits.says]
+        most = "at most " if method in UPPER_BOUNDS else ""
+        row = [link, traits.update, most + formula(traits), traits.says]
         row += [refusals(traits), source(traits.source)]
         if costs:
             row[3:3] = against_lora(costs, recipe)

@@ -104,14 +104,14 @@ def test_a_name_cannot_leave_its_place() -> None:
 
 def test_layers_that_share_an_adapter_are_outlined() -> None:
     modules = [{"name": f"h.{n}.q", "rank": 8, "trainable": 8} for n in range(4)]
-    modules[3]["shared_with"] = "h.1.q"
+    modules[3] |= {"shared_with": "h.1.q", "importance": 0.25}
     svg = rank_heat_map({"modules": [*modules, {"name": "head", "rank": 0, "trainable": 9}]})
     kinds = {}
     for group in parsed(svg).iter(f"{SVG}g"):
         if group.findtext(f"{SVG}title"):
             kinds[group.findtext(f"{SVG}title").split(":")[0]] = group.find(f"{SVG}rect").get("class")
     assert kinds == {"h.0.q": None, "h.1.q": "shared", "h.2.q": None, "h.3.q": "shared"}
-    assert "h.3.q: rank 8, shared" in svg
+    assert "h.3.q: rank 8, importance 0.2500, shared" in svg
 
 
 def luminance(colour: str) -> float:
