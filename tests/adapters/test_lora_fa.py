@@ -123,6 +123,17 @@ def test_rows_of_a_that_depend_on_each_other_project_on_what_they_span() -> None
     assert torch.allclose(step, gradient @ basis @ basis.T, atol=1e-6)  # a[3] is rounded to fp32
 
 
+def test_the_inverse_belongs_to_the_a_that_was_loaded() -> None:
+    _, adapter = attached("llama", fa(projected=True), ["q_proj"])
+    adapter.load_state({name: 2 * tensor for name, tensor in adapter.state().items()})
+    layer = adapter.layers[0]
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    b.grad = torch.ones_like(b)
+    adapter.before_step(0)
+    wanted = torch.ones_like(b).double() @ torch.linalg.inv(a.double() @ a.double().T) / 2.0**2
+    assert torch.allclose(b.grad.double(), wanted, rtol=1e-6)
+
+
 def test_a_random_a_is_nearly_orthogonal() -> None:
     """What the module says of Adam: A A^T is about a third of the identity."""
     a = torch.empty(8, 4096)
