@@ -6,19 +6,21 @@ Every verb that reads a finished run begins here: find() says what lies there, o
 import copy
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from lorakit import base_model, model_files, runs
 from lorakit.adapters import Adapter, attach, lora_files
 from lorakit.base_model import Base
 from lorakit.devices import autocast_for
 from lorakit.errors import LorakitError
+from lorakit.layers import layers_of
 from lorakit.recipe import is_hub_id, load_recipe
 from lorakit.recipe.methods import Dora, Lora
 from lorakit.recipe.model import Model
@@ -206,6 +208,7 @@ def open_saved(saved: Saved, base: str | None, device: torch.device, exact: bool
     if section.quantize == "none":
         loaded.model.to(device)
     dequantized = in_fp32(loaded.model) if exact else {}
+    loaded = replace(loaded, layers=layers_of(loaded.model)[0]) if dequantized else loaded
     adapter, contents = (None, None) if saved.full else attach_saved(saved, loaded)
     loaded.model.eval()
     precision = saved.provenance.get("precision", "fp32" if stored == "fp32" else "bf16")
@@ -238,17 +241,21 @@ def attach_saved(saved: Saved, base: Base) -> tuple[Adapter, lora_files.Contents
 
 @torch.no_grad()
 def in_fp32(model: Any) -> dict[str, Tensor]:
-    """Every number and product in fp32, in place; what is held in 4 or 8 bits becomes the matrix it means.
+    """Every number and product in fp32, in place; a layer in 4 or 8 bits becomes the layer that the files hold,
+    with the matrix it means.
 
-    Returns the latter: parameter name -> (out, in).
+    Returns these matrices: parameter name -> (out, in), or (in, out) of a Conv1D.
     """
     import bitsandbytes
 
     found: dict[str, Tensor] = {}
     kinds = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
     for name, module in [item for item in model.named_modules() if isinstance(item[1], kinds)]:
-        plain = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
-        plain.weight = nn.Parameter(matrix_of(module).float())
+        transposed = issubclass(getattr(module, "source_cls", nn.Linear), Conv1D)
+        matrix = matrix_of(module).float()
+        with torch.device("meta"):
+            plain: Any = Conv1D(*matrix.shape) if transposed else nn.Linear(*matrix.T.shape)
+        plain.weight = nn.Parameter(matrix.T.contiguous() if transposed else matrix)
         plain.bias = module.bias
         model.set_submodule(name, plain)
         found[f"{name}.weight"] = plain.weight

@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.dora import DoraEmbeddingLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPT2Config
 
 from lorakit import base_model
 from lorakit.adapters import Role, attach
@@ -192,6 +192,36 @@ def test_step_0_and_gradients_on_a_quantized_base(quantize: str, tiny: Path) -> 
     randomise(adapter)
     base.model(input_ids=IDS, labels=IDS).loss.backward()
     assert all(item.parameter.grad.any() for item in adapter.trained())
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_conv1d_layers_in_4_bits_merge_in_the_layout_of_their_file(
+    method: str, cli, write_recipe, tiny: Path, tmp_path: Path
+) -> None:
+    """bitsandbytes turns a Conv1D (in, out) into a Linear4bit (out, in)."""
+    shape = {"n_embd": 64, "n_layer": 1, "n_head": 4, "n_positions": 128}
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "model")
+    config = GPT2Config(**shape, vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=2)
+    base = save(config, tmp_path / "base")
+    tokenizer.save_pretrained(base)
+    recipe = write_recipe(
+        model={"path": str(base), "quantize": "nf4", "compute_dtype": "fp32"},
+        adapter={"method": method, "rank": 4},
+        optimizer={"lr": 1e-2},
+        training={"max_steps": 2, "batch_size": 2, "precision": "fp32"},
+    )
+    code, _, err = cli("train", recipe)
+    assert code == 0, err
+    code, _, err = cli("merge", tmp_path / "run", "--output", tmp_path / "merged", "--dtype", "fp32")
+    assert code == 0, err
+    options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    quantized = AutoModelForCausalLM.from_pretrained(base, quantization_config=options)
+    for module in quantized.modules():  # else an evaluation reorders the weight, and DoRA measures that
+        module.support_avx512bf16_for_cpu = False
+    attached_there = PeftModel.from_pretrained(quantized, tmp_path / "run/adapter")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.allclose(logits(merged), logits(attached_there), atol=1e-3)
+    assert not torch.allclose(logits(merged), logits(AutoModelForCausalLM.from_pretrained(base)), atol=1e-1)
 
 
 def test_an_8_bit_base_is_refused_as_long_as_peft_loses_its_scales(
