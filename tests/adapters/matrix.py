@@ -190,12 +190,13 @@ def samples() -> Any:
 IDS = torch.from_numpy(np.random.default_rng(5).integers(0, VOCABULARY, (2, 12)))
 
 
-@dataclass
 class Bench:
-    """Every base once; `fresh` gives copies."""
+    """Every base once, of which `fresh` gives copies; and the processes that there are."""
 
-    folder: Path
-    loaded: dict[tuple[Path, bool], Base] = field(default_factory=dict)
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.loaded: dict[tuple[Path, bool], Base] = {}
+        self.ranks = start_ranks(folder / "trackers", True, ())
 
     def fresh(self, cell: Cell) -> Base:
         recipe = recipe_of(cell, self.folder)
@@ -215,26 +216,12 @@ def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
-class Alone:
-    """The only process of a run."""
-
-    process_index, num_processes, device = 0, 1, CPU
-
-    def prepare(self, objective: Any) -> Any:
-        return objective
-
-    def reduce(self, tensor: Tensor, how: str) -> Tensor:
-        return tensor
-
-    def free_memory(self) -> None:
-        pass
-
-
 class Attached:
     """A cell with its adapter on a base of its own, ready to be trained."""
 
-    def __init__(self, cell: Cell, bench: Bench) -> None:
-        self.cell, self.recipe, self.base = cell, recipe_of(cell, bench.folder), bench.fresh(cell)
+    def __init__(self, cell: Cell, bench: "Bench") -> None:
+        self.cell, self.bench, self.recipe = cell, bench, recipe_of(cell, bench.folder)
+        self.base = bench.fresh(cell)
         self.model = self.base.model
         self.autocast: Callable[[], AbstractContextManager[Any]] = (
             autocast_for("bf16", CPU) if cell.base == "bf16" else nullcontext
@@ -243,13 +230,9 @@ class Attached:
         self.num_base = num_parameters(self.model, self.base.layers)
         self.base_logits = self.logits()
         self.adapter: Adapter = prepare.attach_adapter(self.recipe, self.base, STEPS)
-        self.start = copied(self.model.state_dict())
-        self.start_logits = self.logits()
-        self.optimizer = optim.build(self.recipe.optimizer, self.adapter.trained())
+        self.objective: Any = tasks.Objective(self.model, tasks.build(self.recipe.task))
         self.lines: list[dict[str, Any]] = []
-        self.declared = {item.name: item.parameter for item in self.adapter.trained()}
         self.moved: set[str] = set()
-        self.checkpoints: Path | None = None  # where they are written
 
     def logits(self) -> Tensor:
         """(2, 12, V) of fixed tokens, in fp32, in eval mode."""
@@ -258,48 +241,27 @@ class Attached:
             found: Tensor = self.model(input_ids=IDS, use_cache=False).logits.float()
         return found
 
-    def restore(self, folder: Path) -> loop.TrainState:
-        """As the training does with a checkpoint."""
-        self.optimizer, state = writer.restore(folder, self.adapter, self.recipe.optimizer)
-        return state
-
-    def look_at_data(self, objective: Any, ranks: Any) -> None:
-        """What the data decide before step 0, as in a run."""
-        plan = {"training.micro_batch_tokens": 100, "data.packing": False}
-        ready: Any = SimpleNamespace(
-            rows=SimpleNamespace(tokens=samples()),
-            adapter=self.adapter,
-            objective=objective,
-            autocast=self.autocast,
-            plan=plan,
-        )
-        self.adapter.prepare(RunProbe(ready, self.recipe, ranks or Alone()))  # type: ignore[arg-type]
-        self.optimizer = optim.build(self.recipe.optimizer, self.adapter.trained())
-        self.declared = {item.name: item.parameter for item in self.adapter.trained()}
-
     def train(
-        self,
-        state: loop.TrainState | None = None,
-        micro_batch_tokens: int = 100,
-        ranks: Any = None,
-        checkpoints: Path | None = None,
+        self, resume: Path | None = None, micro_batch_tokens: int = 100, checkpoints: Path | None = None
     ) -> "Attached":
-        self.checkpoints = checkpoints
-        objective: Any = tasks.Objective(self.model, tasks.build(self.recipe.task))
-        if state is None and self.adapter.looks_at_data:
-            self.look_at_data(objective, ranks)
-        state = state or loop.TrainState()
-        rank, num_ranks = (ranks.process_index, ranks.num_processes) if ranks else (0, 1)
-        batches = Batches(samples(), 4, 3, micro_batch_tokens, False, rank, num_ranks)
-        more: dict[str, Any] = {}
-        if ranks is not None:
-            objective = ranks.prepare(objective)
-            more = {"all_ranks_sum": lambda tensor: ranks.reduce(tensor, "sum")}
+        """All steps, or those after the checkpoint `resume`; `checkpoints`: where one is written per step."""
+        ranks, self.checkpoints = self.bench.ranks, checkpoints
+        if self.adapter.looks_at_data and resume is None:
+            plan = {"training.micro_batch_tokens": micro_batch_tokens, "data.packing": False}
+            rows = SimpleNamespace(tokens=samples())
+            parts = {"adapter": self.adapter, "objective": self.objective, "autocast": self.autocast}
+            ready: Any = SimpleNamespace(rows=rows, plan=plan, **parts)
+            self.adapter.prepare(RunProbe(ready, self.recipe, ranks))
+        self.optimizer, state = writer.restore(resume, self.adapter, self.recipe.optimizer)
+        self.declared = {item.name: item.parameter for item in self.adapter.trained()}
+        self.start, self.start_logits = copied(self.model.state_dict()), self.logits()
+        self.checkpoint(state)
+        rank, num_ranks = ranks.process_index, ranks.num_processes
         outcome = loop.run(
-            objective=objective,
+            objective=ranks.prepare(self.objective),
             adapter=self.adapter,
             optimizer=self.optimizer,
-            batch_at=batches.at,
+            batch_at=Batches(samples(), 4, 3, micro_batch_tokens, False, rank, num_ranks).at,
             lr_at=lambda step: optim.lr_at(step, "cosine", self.recipe.optimizer.lr, 1, STEPS),
             evaluate=None,
             observer=self,
@@ -314,7 +276,7 @@ class Attached:
             autocast=self.autocast,
             rank=rank,
             num_ranks=num_ranks,
-            **more,
+            all_ranks_sum=lambda tensor: ranks.reduce(tensor, "sum"),
         )
         assert outcome == "finished"
         self.model.eval()
@@ -335,7 +297,7 @@ class Attached:
         if self.checkpoints is not None:
             tensors = optim.state(self.optimizer, self.adapter.trained())
             content = checkpoint.Checkpoint(self.adapter.state(), tensors, asdict(state))
-            checkpoint.save(self.checkpoints, state.step, content, {}, keep=STEPS)
+            checkpoint.save(self.checkpoints, state.step, content, {}, keep=STEPS + 1)
 
     def save(self, folder: Path) -> None:
         """What a run writes of an adapter: its files, and lorakit.json on base and precision."""
@@ -416,18 +378,17 @@ def by_others(place: Path, record: dict[str, Any]) -> Any:
 
 def run_ranks(folder: Path) -> None:
     """The cells that `folder`/cells.json names, in all processes of a torchrun; rank 0 writes ranks.pt."""
-    ranks = start_ranks(folder / "trackers", True, ())
     bench = Bench(folder)
     found = {}
     for values in json.loads((folder / "cells.json").read_text()):
         cell = Cell(*values)
-        run = Attached(cell, bench).train(micro_batch_tokens=20, ranks=ranks)
+        run = Attached(cell, bench).train(micro_batch_tokens=20)
         losses = [line["loss"] for line in run.lines]
         norms = [line["grad_norm"] for line in run.lines]
         found[str(cell)] = (losses, norms, {n: p.detach().clone() for n, p in run.declared.items()})
-    if ranks.is_main_process:
+    if bench.ranks.is_main_process:
         torch.save(found, folder / "ranks.pt")
-    ranks.end_training()
+    bench.ranks.end_training()
 
 
 if __name__ == "__main__":

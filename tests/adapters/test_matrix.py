@@ -231,11 +231,12 @@ def closed_form(cell: Cell, run: Attached) -> int:
         }[cell.kind]
     if cell.method == "lora-drop":  # those that are kept, and one for each kind of which some are not
         kept = run.adapter.kept.reshape(len(layers), -1).T.tolist()  # type: ignore[attr-defined]
+        assert {True, False} == set(sum(kept, []))
         sizes = [RANK * (a + b) for a, b in layers[0]]
         return sum(size * (sum(own) + (not all(own))) for size, own in zip(sizes, kept, strict=True))
-    ranks = [2 if cell.variant == "lora patterns" and layer is layers[-1] else RANK for layer in layers]
-    if cell.variant == "lora patterns" and len(layers) > 1:
-        ranks = [RANK, 2]
+    ranks = [RANK] * len(layers)
+    if cell.variant == "lora patterns":
+        ranks[-1] = 2
     formula = FORMULAS[cell.variant.split(" ")[0] if cell.method != "peft" else cell.variant]
     return sum(formula(a, b, r) for layer, r in zip(layers, ranks, strict=True) for a, b in layer)
 
@@ -282,7 +283,7 @@ def test_interrupted_is_uninterrupted(cell: Cell, step: int, shared: Shared) -> 
     """From a checkpoint on the disk, on a new base: every bit of adapter and optimizer, and every loss."""
     run = shared.trained(cell)
     other = Attached(cell, shared.bench)
-    other.train(other.restore(shared.checkpoints(cell) / f"step-{step:06d}"))
+    other.train(resume=shared.checkpoints(cell) / f"step-{step:06d}")
     assert same(run.adapter.state(), other.adapter.state())
     assert same(
         optim.state(run.optimizer, run.adapter.trained()),
