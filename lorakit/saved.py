@@ -241,8 +241,8 @@ def attach_saved(saved: Saved, base: Base) -> tuple[Adapter, lora_files.Contents
 
 @torch.no_grad()
 def in_fp32(model: Any) -> dict[str, Tensor]:
-    """Every number and product in fp32, in place; a layer in 4 or 8 bits becomes the layer that the files hold,
-    with the matrix it means.
+    """Every number and product in fp32, in place; a layer in 4 or 8 bits becomes the layer of the files, with
+    the matrix it means.
 
     Returns these matrices: parameter name -> (out, in), or (in, out) of a Conv1D.
     """
