@@ -6,7 +6,7 @@ one line in METHODS.
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from importlib import import_module
@@ -139,6 +139,19 @@ def attach(section: Any, model: Any, targets: list[Target], seed: int, **more: A
     module, _, name = METHODS[section.method].partition(":")
     adapter: Adapter = getattr(import_module(module), name)(section, model, targets, seed, **more)
     return adapter
+
+
+@contextmanager
+def base_alone(peft: Any) -> Iterator[None]:
+    """The model of a PeftModel without its adapter. PEFT takes away all gradients to switch an adapter off
+    and switches it on with gradients everywhere, also for what a method does not train."""
+    trained = [(parameter, parameter.requires_grad) for parameter in peft.parameters()]
+    try:
+        with peft.disable_adapter():
+            yield
+    finally:
+        for parameter, was in trained:
+            parameter.requires_grad_(was)
 
 
 def copy_into(tensors: dict[str, Tensor], ours: dict[str, Tensor], what: str) -> None:

@@ -23,7 +23,7 @@ import torch
 from peft import AdaLoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
-from lorakit.adapters import Adapter, Role, Trained, copy_into
+from lorakit.adapters import Adapter, Role, Trained, base_alone, copy_into
 from lorakit.adapters.lora_files import Factors, write_plain
 from lorakit.errors import LorakitError
 from lorakit.recipe.methods import AdaLora, phases
@@ -192,8 +192,7 @@ class AdaLoraAdapter(Adapter):
         return {"budget": sum(self.ranks().values())}
 
     def disabled(self) -> AbstractContextManager[None]:
-        context: AbstractContextManager[None] = self.peft.disable_adapter()
-        return context
+        return base_alone(self.peft)
 
     def state(self) -> dict[str, Tensor]:
         """P, lambda and Q, what the allocator remembers, and which triplets it kept."""

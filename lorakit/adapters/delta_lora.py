@@ -23,8 +23,8 @@ with that LoRA, not with one of the same alpha.
 A is (rank, in), B is (out, rank); for an Embedding A is (rank, vocabulary).
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -101,11 +101,8 @@ class DeltaLoraAdapter(Adapter):
         self.following.fill_(1)
         self._activate()
 
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        with self.lora.disabled():
-            yield
-        self._activate()  # PEFT switches back on with gradients everywhere
+    def disabled(self) -> AbstractContextManager[None]:
+        return self.lora.disabled()
 
     def state(self) -> dict[str, Tensor]:
         """A and B now and when W began to follow, and whether it does."""

@@ -18,8 +18,8 @@ base: PEFT's are rounded to the base's dtype, by which step 0 is another model. 
 
 import re
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor
 
-from lorakit.adapters import Adapter, Role, Trained, copy_into
+from lorakit.adapters import Adapter, Role, Trained, base_alone, copy_into
 from lorakit.adapters.lora_files import config_as_json, lora_config, write_adapter
 from lorakit.errors import LorakitError
 from lorakit.recipe.methods import DeltaLora, Dora, Lora, LoraDrop, LoraFa
@@ -106,15 +106,8 @@ class LoraAdapter(Adapter):
             return f"{module}.{parameter}"
         return place if found else ""
 
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        moving = [(parameter, parameter.requires_grad) for parameter in self.peft.parameters()]
-        try:
-            with self.peft.disable_adapter():
-                yield
-        finally:  # PEFT lets all of the adapter move from here on, also what was frozen
-            for parameter, moves in moving:
-                parameter.requires_grad_(moves)
+    def disabled(self) -> AbstractContextManager[None]:
+        return base_alone(self.peft)
 
     def state(self) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = get_peft_model_state_dict(self.peft, save_embedding_layers=False)

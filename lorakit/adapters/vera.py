@@ -26,7 +26,7 @@ from peft import PeftModel, VeraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lorakit.adapters import Adapter, Role, Trained, copy_into
+from lorakit.adapters import Adapter, Role, Trained, base_alone, copy_into
 from lorakit.adapters.lora_files import write_plain
 from lorakit.errors import LorakitError
 from lorakit.recipe.methods import Vera
@@ -80,8 +80,7 @@ class VeraAdapter(Adapter):
         return [Trained(name, p, _role(name)) for name, p in base.named_parameters() if p.requires_grad]
 
     def disabled(self) -> AbstractContextManager[None]:
-        context: AbstractContextManager[None] = self.peft.disable_adapter()
-        return context
+        return base_alone(self.peft)
 
     def state(self) -> dict[str, Tensor]:
         """d and b, what is trained whole, and the SHA-256 of A and B, which are not stored."""

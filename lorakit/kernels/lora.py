@@ -42,16 +42,16 @@ _KINDS = {
 
 
 def is_supported(layer: nn.Module) -> bool:
-    """Whether the fast forward computes what this PEFT layer computes: plain LoRA, AdaLoRA, or DoRA without
-    dropout, on a frozen Linear, Conv1D or 4-bit layer."""
-    if (type(layer).__module__, type(layer).__name__) not in _KINDS:
-        return False
+    """Whether the fast forward computes what this PEFT layer computes: LoRA, AdaLoRA, DoRA without dropout, on
+    a frozen Linear, Conv1D or 4-bit layer. Which adapters are active is looked at when it runs."""
     adapted: Any = layer
+    if (type(layer).__module__, type(layer).__name__) not in _KINDS or NAME not in adapted.lora_A:
+        return False
     base = adapted.base_layer
-    alone = list(adapted.lora_A) == [NAME] and _is_known(layer)
     biased = not hasattr(layer, "lora_E") and adapted.lora_B[NAME].bias is not None
     frozen = not any(parameter.requires_grad for parameter in base.parameters())
-    return alone and not biased and frozen and (type(base) in (nn.Linear, Conv1D) or _is_4bit(base))
+    read = type(base) in (nn.Linear, Conv1D) or _is_4bit(base)
+    return _is_known(layer) and not biased and frozen and read
 
 
 def _is_known(layer: Any) -> bool:
@@ -84,7 +84,12 @@ def dense(base: nn.Module, dtype: torch.dtype | None) -> Tensor:
 
 
 def factors(layer: Any) -> tuple[Tensor, Tensor, float]:
-    """(A (R, I), B (O, R), scale): the update is scale * B A. AdaLoRA's singular values go into A."""
+    """(A (R, I), B (O, R), scale): the update is scale * B A. AdaLoRA's singular values go into A; several
+    adapters stand one below the other."""
+    if len(layer.active_adapters) > 1:
+        names = layer.active_adapters
+        wide = torch.cat([layer.lora_B[name].weight * layer.scaling[name] for name in names], dim=1)
+        return torch.cat([layer.lora_A[name].weight for name in names]), wide, 1.0
     a, b = layer.lora_A[NAME], layer.lora_B[NAME]
     if hasattr(layer, "lora_E"):
         # As tensors: to read the divisor would make a GPU wait.
@@ -143,7 +148,20 @@ class Group:
 def _is_active(layer: Any, dtype: torch.dtype) -> bool:
     if _is_4bit(layer.base_layer) and layer.base_layer.compute_dtype != dtype:
         return False  # the recipe says in what a quantized base is multiplied
-    return not layer.disable_adapters and not layer.merged and layer.active_adapters == [NAME]
+    names = layer.active_adapters
+    ours = names == [NAME] or (len(names) > 1 and _adds_up(layer, names))
+    return ours and not layer.disable_adapters and not layer.merged
+
+
+def _adds_up(layer: Any, names: Sequence[str]) -> bool:
+    """Whether several adapters are LoRA without dropout and bias: then they are one of a larger rank."""
+    plain = not (hasattr(layer, "lora_E") or getattr(layer, "lora_variant", {}))
+    return plain and all(
+        name in layer.lora_A
+        and not isinstance(layer.lora_dropout[name], nn.Dropout)
+        and layer.lora_B[name].bias is None
+        for name in names
+    )
 
 
 def products_dtype(x: Tensor) -> torch.dtype:

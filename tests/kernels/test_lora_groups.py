@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lorakit.kernels import lora
 from tests import architectures
-from tests.kernels.test_lora import check, distance, observed, parallel, tokens
+from tests.kernels.test_lora import check, compare, distance, observed, parallel, tokens
 
 
 @pytest.mark.parametrize("members", [[0], [1], [2], [0, 2], [1, 2]])
@@ -149,7 +149,28 @@ def disabled(model: Any, group: lora.Group) -> None:
         layer.enable_adapters(False)
 
 
-@pytest.mark.parametrize("state", [second_adapter, merged, one_member_merged, disabled])
+def second_with_bias(model: Any, group: lora.Group) -> None:
+    for layer in group.layers:
+        layer.update_layer("second", 3, 2.0, LoraConfig(r=3, lora_bias=True, init_lora_weights=False))
+        layer.set_adapter(["default", "second"])
+
+
+def second_of_dora(model: Any, group: lora.Group) -> None:
+    for layer in group.layers:
+        layer.update_layer("second", 3, 2.0, LoraConfig(r=3, use_dora=True, init_lora_weights=False))
+        layer.set_adapter(["default", "second"])
+
+
+def second_beside_dropout(model: Any, group: lora.Group) -> None:
+    for layer in group.layers:
+        layer.lora_dropout["default"] = nn.Dropout(0.0)
+    second_adapter(model, group)
+
+
+BESIDE = [second_with_bias, second_of_dora, second_beside_dropout]
+
+
+@pytest.mark.parametrize("state", [*BESIDE, merged, one_member_merged, disabled])
 def test_what_the_fast_forward_does_not_do_is_left_to_peft(
     state: Callable[[Any, lora.Group], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,6 +211,18 @@ def test_a_quantized_base_is_multiplied_as_the_recipe_says() -> None:
             wanted = model(x)
             group.switch_on()
             assert all(torch.equal(y, z) for y, z in zip(model(x), wanted, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["bias", "conv1d", "nf4"])
+def test_several_adapters_are_one_of_a_larger_rank(kind: str) -> None:
+    """All trained, and the first alone: the others get no gradient then."""
+    model, group = parallel(kind)
+    second_adapter(model, group)
+    compare(model, group, tokens(6))
+    for layer in group.layers:
+        layer.lora_A["second"].requires_grad_(False)
+        layer.lora_B["second"].requires_grad_(False)
+    assert not any("second" in name for name in compare(model, group, tokens(6)))
 
 
 def test_a_second_adapter_that_is_not_active_changes_nothing() -> None:
@@ -241,6 +274,8 @@ def test_what_is_supported() -> None:
     assert not lora.is_supported(adapted(nn.Conv1d(8, 8, 1)))
     two = adapted(nn.Linear(8, 8))
     two.update_layer("second", 3, 2.0, LoraConfig(r=3))
+    assert lora.is_supported(two)
+    two.delete_adapter("default")
     assert not lora.is_supported(two)
 
 
