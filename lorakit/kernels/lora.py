@@ -42,8 +42,8 @@ _KINDS = {
 
 
 def is_supported(layer: nn.Module) -> bool:
-    """Whether the fast forward computes what this PEFT layer computes: LoRA, AdaLoRA, DoRA without dropout, on
-    a frozen Linear, Conv1D or 4-bit layer. Which adapters are active is looked at when it runs."""
+    """Whether the fast forward computes what this PEFT layer does: LoRA, AdaLoRA, DoRA without dropout, on a
+    frozen Linear, Conv1D or 4-bit layer. Which adapters are active is looked at when it runs."""
     adapted: Any = layer
     if (type(layer).__module__, type(layer).__name__) not in _KINDS or NAME not in adapted.lora_A:
         return False

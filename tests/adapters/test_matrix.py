@@ -231,7 +231,7 @@ def closed_form(cell: Cell, run: Attached) -> int:
         }[cell.kind]
     if cell.method == "lora-drop":  # those that are kept, and one for each kind of which some are not
         kept = run.adapter.kept.reshape(len(layers), -1).T.tolist()  # type: ignore[attr-defined]
-        assert {True, False} == set(sum(kept, []))
+        assert {True, False} == {value for row in kept for value in row}
         sizes = [RANK * (a + b) for a, b in layers[0]]
         return sum(size * (sum(own) + (not all(own))) for size, own in zip(sizes, kept, strict=True))
     ranks = [RANK] * len(layers)
