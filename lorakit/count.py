@@ -20,7 +20,7 @@ from lorakit.recipe import Recipe, default_recipe, is_hub_id, load_recipe
 from lorakit.recipe.methods import TRAITS
 from lorakit.recipe.model import Model
 from lorakit.shapes import Layer, Shapes
-from lorakit.targets import QUANTIZED, TIED, modules_above, select_parameters, select_whole
+from lorakit.targets import QUANTIZED, TIED, Target, modules_above, select_parameters, select_whole
 
 Entry = dict[str, Any]  # one of params.json's modules
 
@@ -98,11 +98,12 @@ def _of_model(path: Path, overrides: Sequence[str]) -> Count:
 
 
 def _of_recipe(recipe: Recipe, remark: str = "") -> Count:
-    shapes = model_files.shapes(model_files.locate(recipe.model, weights=False, tokenizer=False))
+    folder = model_files.locate(recipe.model, weights=False, tokenizer=False)
+    shapes = model_files.shapes(folder)
     section: Any = recipe.adapter
     full = section.method == "full"
-    entries = _of_base_weights(recipe, shapes) if full else _of_method(recipe, shapes)
-    rank = "" if full else f", rank {section.rank}"
+    entries = _of_base_weights(recipe, shapes) if full else _of_method(recipe, shapes, folder)
+    rank = f", {section.type}" if section.method == "peft" else "" if full else f", rank {section.rank}"
     if getattr(section, "start_from", None):
         rank = f", continued from {section.start_from}"
     told = f"{section.method}{rank}{remark}"
@@ -130,8 +131,8 @@ def _of_base_weights(recipe: Recipe, shapes: Shapes) -> list[Entry]:
     return [_whole_entry(name, inside) for name, inside in modules.items()]
 
 
-def _of_method(recipe: Recipe, shapes: Shapes) -> list[Entry]:
-    """One entry per adapted layer and per module trained whole, in the model's order.
+def _of_method(recipe: Recipe, shapes: Shapes, folder: Path) -> list[Entry]:
+    """One entry per adapted layer and per module trained whole, in the model's order. `folder`: the model's.
 
     Raises: RecipeError for targets, patterns and ranks that do not fit the model.
     """
@@ -149,17 +150,33 @@ def _of_method(recipe: Recipe, shapes: Shapes) -> list[Entry]:
         if found := check_start(recipe, shapes.layers, targets, saved.scaling, whole, saved.train_also):
             raise RecipeError(found)
         whole = saved.train_also
+    count_trained = TRAITS[section.method].num_trained
+    if count_trained is None:
+        return _in_order(_of_tuner(section, folder, targets, whole), shapes)
     entries = []
     for target in targets:
         layer, rank = target.layer, section.init_rank if section.method == "adalora" else target.rank
-        each = TRAITS[section.method].num_trained(layer.in_features, layer.out_features, rank)
-        trained = layer.num_experts * each
+        trained = layer.num_experts * count_trained(layer.in_features, layer.out_features, rank)
         entry = _entry(layer.name, layer.in_features, layer.out_features, rank, trained)
         entries.append(entry | ({"init_rank": rank} if section.method == "adalora" else {}))
     for name in whole:
         inside = [shape for key, shape in shapes.parameters.items() if key.startswith(f"{name}.")]
         entries.append(_whole_entry(name, inside))
     return _in_order(entries, shapes)
+
+
+def _of_tuner(section: Any, folder: Path, targets: Sequence[Target], whole: Sequence[str]) -> list[Entry]:
+    """What PEFT adds to the model when that has shapes and no weights: PEFT alone knows.
+
+    Raises: LorakitError for a tuner that starts from the weights.
+    """
+    from lorakit.adapters import attach
+    from lorakit.layers import model_on_meta
+    from lorakit.report import parameters
+
+    adapter = attach(section, model_on_meta(folder), list(targets), seed=0, train_also=whole)
+    entries: list[Entry] = parameters(adapter, 0)["modules"]
+    return entries
 
 
 def _whole_modules(shapes: Shapes, patterns: Sequence[str], quantized: bool) -> tuple[list[str], list[str]]:
@@ -295,11 +312,18 @@ def _table(entries: Iterable[Entry]) -> list[str]:
     kinds: dict[tuple[Any, ...], list[int]] = {}
     for entry in entries:
         name = re.sub(r"\.\d+(?=\.|$)", ".*", entry["name"])
-        key = name, entry["in"], entry["out"], entry["rank"], entry.get("init_rank")
+        key = (
+            name,
+            entry["in"],
+            entry["out"],
+            entry["rank"],
+            entry.get("init_rank"),
+            entry.get("tuner", "whole"),
+        )
         kinds.setdefault(key, []).append(entry["trainable"])
     rows = [("module", "number", "in", "out", "rank", "trainable")]
-    for (name, inner, outer, rank, initial), counts in kinds.items():
-        told = str(rank) if rank or initial else "whole"
+    for (name, inner, outer, rank, initial, without), counts in kinds.items():
+        told = str(rank) if rank or initial else without
         rows.append((name, f"x {len(counts)}", f"{inner:,}", f"{outer:,}", told, f"{sum(counts):,}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [

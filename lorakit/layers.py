@@ -53,7 +53,18 @@ def _experts_of(name: str, module: nn.Module) -> list[Layer]:
 
 
 def shapes_on_meta(folder: Path) -> Shapes:
-    """The shapes of any model that transformers knows, from config.json: built without memory for weights.
+    """The shapes of any model that transformers knows, from config.json.
+
+    Raises: LorakitError for a configuration that transformers refuses.
+    """
+    model = model_on_meta(folder)
+    layers, _ = layers_of(model)
+    parameters = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return Shapes(layers, parameters, _is_tied(model))
+
+
+def model_on_meta(folder: Path) -> Any:
+    """Any model that transformers knows, from config.json: built without memory for weights.
 
     As AutoModelForCausalLM builds it, which is what is trained; where that does not know the type, the class
     that the configuration names. Raises: LorakitError for a configuration that transformers refuses.
@@ -64,17 +75,13 @@ def shapes_on_meta(folder: Path) -> Shapes:
         named = [getattr(transformers, name, None) for name in config.architectures or ()]
         with torch.device("meta"):
             if type(config) in transformers.AutoModelForCausalLM._model_mapping:
-                model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-            elif named and named[0] is not None:
-                model = named[0](config)
-            else:
-                model = transformers.AutoModel.from_config(config, trust_remote_code=False)
+                return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            if named and named[0] is not None:
+                return named[0](config)
+            return transformers.AutoModel.from_config(config, trust_remote_code=False)
     except Exception as error:  # a configuration can be wrong in as many ways as there are models
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise LorakitError(f"{folder / 'config.json'}: no model can be made of it: {reason}") from None
-    layers, _ = layers_of(model)
-    parameters = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    return Shapes(layers, parameters, _is_tied(model))
 
 
 def _is_tied(model: Any) -> bool:

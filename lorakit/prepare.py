@@ -74,6 +74,7 @@ def prepare(recipe: Recipe, record: dict[str, Any], ranks: Accelerator) -> Prepa
     num_base = num_parameters(base.model, base.layers)
     adapter = attach_adapter(recipe, base, count_steps(recipe, rows.tokens.num_draws))
     autocast = autocast_for(precision, ranks.device)
+    adapter.try_out(base.model, autocast)
 
     if "data.packing" not in decisions:
         longest = max(longest_of(recipe, rows), longest_of(recipe, held_out))

@@ -37,7 +37,8 @@ def parameters(adapter: Adapter, num_base: int) -> dict[str, Any]:
 def _modules(adapter: Adapter, trained: Sequence[Trained]) -> list[dict[str, Any]]:
     """One entry per adapted layer; then one per module trained whole, with rank 0.
 
-    `rank` is the layer's rank as it is now; where a method changes it, `init_rank` says what was trained.
+    `rank` is the layer's rank as it is now; where a method changes it, `init_rank` says what was trained;
+    0 where `tuner` has none.
     """
     adapted, ranks = {target.layer.name: target for target in adapter.targets}, adapter.ranks()
     counts: dict[str, int] = {}
@@ -93,7 +94,7 @@ def parameters_markdown(params: dict[str, Any]) -> str:
         f"|---{'|---:' * (len(columns) - 1)}|",
     ]
     for m in params["modules"]:
-        rank = m["rank"] if m["rank"] or "init_rank" in m else "whole"
+        rank = m["rank"] if m["rank"] or "init_rank" in m else m.get("tuner", "whole")
         initial = f" {m.get('init_rank', '')} |" if changes else ""
         line = f"| {m['name']} | {m['in']:,} | {m['out']:,} | {rank} |{initial} {m['trainable']:,} |"
         own = "shared" if m["name"] in lent else "own"

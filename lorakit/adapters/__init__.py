@@ -5,7 +5,7 @@ other than those of its adapter. To add one: its file here, its section and its 
 one line in METHODS.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -29,6 +29,7 @@ METHODS = {  # name -> module:class, imported on use
     "delta-lora": "lorakit.adapters.delta_lora:DeltaLoraAdapter",
     "lora-drop": "lorakit.adapters.lora_drop:LoraDropAdapter",
     "full": "lorakit.adapters.full:FullAdapter",
+    "peft": "lorakit.adapters.peft_tuner:PeftTunerAdapter",
 }
 
 
@@ -39,6 +40,7 @@ class Role(Enum):
     B = "B"  # (out, rank): writes to the layer's output
     SCALE = "scale"  # a vector: singular values (rank, 1), sizes of the rows of a weight (out), ...
     HEAD = "head"  # a module trained whole beside the adapter
+    OTHER = "other"  # of a tuner that lorakit does not know the inside of
     FULL = "full"  # a weight of the base model itself
 
 
@@ -84,6 +86,13 @@ class Adapter(Protocol):
 
     def prepare(self, probe: Probe) -> None:
         """Decides before step 0 what the data must decide; trained() may be another afterwards."""
+        return None
+
+    def try_out(self, model: Any, autocast: Callable[[], AbstractContextManager[Any]]) -> None:
+        """Whatever shows before step 0 that the method cannot compute on this model; nothing stays of it.
+
+        Raises: LorakitError where it cannot.
+        """
         return None
 
     def penalty(self) -> Tensor | None:

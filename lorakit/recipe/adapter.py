@@ -18,6 +18,7 @@ from lorakit.recipe.methods import (
     Vera,
     phases,
 )
+from lorakit.recipe.peft_types import problems_of
 from lorakit.recipe.section import Conflicts, Section, Written
 
 
@@ -59,6 +60,8 @@ def conflicts(recipe: Any, written: Written) -> Conflicts:
         yield from _adalora_conflicts(adapter, recipe.training.max_steps, written)
     elif adapter.method == "lora-drop" and recipe.data.streaming:
         yield "data.streaming", "lora-drop needs rows to draw a sample from before step 0; a stream has none"
+    elif adapter.method == "peft":
+        yield from problems_of(adapter, recipe.model.quantize)
     elif adapter.method == "delta-lora":
         steps = recipe.training.max_steps
         if isinstance(adapter.start, int) and steps is not None and adapter.start >= steps:

@@ -1,7 +1,6 @@
 """pydantic's findings in the words of a recipe: which field, what was expected, what stands there, what was
 meant."""
 
-import json
 from collections.abc import Iterator
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -12,6 +11,7 @@ from lorakit.errors import Problem, did_you_mean
 from lorakit.recipe.adapter import METHOD_SECTIONS
 from lorakit.recipe.section import Section
 from lorakit.recipe.source import Key, Source
+from lorakit.recipe.words import expected, show
 
 
 def key_of(loc: tuple[Any, ...], values: Any) -> Key:
@@ -43,15 +43,13 @@ def explain(error: ValidationError, written: Source, recipe: type[Section]) -> l
         elif kind in ("union_tag_invalid", "union_tag_not_found"):
             path = (*path, "method")
             tag, known = _value(path, written), " or ".join(f'"{name}"' for name in METHOD_SECTIONS)
-            message = (
-                f"expected {known}, got {_show(tag)}. {did_you_mean(str(tag), METHOD_SECTIONS)}".rstrip()
-            )
+            message = f"expected {known}, got {show(tag)}. {did_you_mean(str(tag), METHOD_SECTIONS)}".rstrip()
         elif kind == "extra_forbidden":
             message = _unknown(path, written, recipe)
         elif kind in empty:
             message = "must not be empty"
         elif path and (found := _field(path, written, recipe)):
-            message = f"expected {_expected(*found)}, got {_show(_value(path, written))}"
+            message = f"expected {expected(*found)}, got {show(_value(path, written))}"
         else:
             message = str(item["msg"])
         problems.setdefault(path, Problem(written.place(path), ".".join(map(str, path)), message))
@@ -64,23 +62,6 @@ def _value(path: Key, written: Source) -> Any:
     for part in path:
         value = value[part]
     return value
-
-
-def _show(value: Any) -> str:
-    if isinstance(value, str) and _looks_like_number(value):
-        return f'the text "{value}" (delete the quotes)'
-    if isinstance(value, dict):
-        return "a mapping"
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _looks_like_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _sections(recipe: type[Section]) -> dict[str, tuple[type[Section], ...]]:
@@ -179,40 +160,6 @@ def _inside(field: dict[str, Any], part: str | int, definitions: dict[str, Any])
             values: dict[str, Any] = option["additionalProperties"]
             return values
     return None
-
-
-def _expected(field: dict[str, Any], definitions: dict[str, Any]) -> str:
-    """A JSON Schema in words: `a whole number >= 1 or "auto"`."""
-    if "$ref" in field:
-        return _expected(definitions[field["$ref"].rsplit("/", 1)[-1]], definitions)
-    if "anyOf" in field:
-        return " or ".join(_expected(option, definitions) for option in field["anyOf"])
-    if "const" in field or "enum" in field:
-        return " or ".join(_show(value) for value in field.get("enum", [field.get("const")]))
-    if field.get("minimum") is not None and field.get("minimum") == field.get("maximum"):
-        return str(field["minimum"])
-    words = {
-        "integer": "a whole number",
-        "number": "a number",
-        "string": "text",
-        "boolean": "true or false",
-        "null": "null",
-        "array": "a list",
-        "object": "a mapping",
-    }[field.get("type", "object")]
-    bounds = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-    limits = [f"{sign} {_bound(field[key])}" for key, sign in bounds.items() if key in field]
-    if "prefixItems" in field:
-        words += f" of {len(field['prefixItems'])}"
-    elif "items" in field:
-        words += f" of {_expected(field['items'], definitions)}"
-    if isinstance(field.get("additionalProperties"), dict):
-        words += f" from text to {_expected(field['additionalProperties'], definitions)}"
-    return " ".join([words, " and ".join(limits)]).rstrip()
-
-
-def _bound(number: float) -> str:
-    return f"{number:g}" if abs(number) < 2**53 else f"2**{int(number).bit_length() - 1}"
 
 
 def _description(path: Key, recipe: type[Section]) -> str:

@@ -258,6 +258,11 @@ class PeftTuner(_Layers):
     """Fields of the tuner's configuration in PEFT, as PEFT calls them. Which layers it adapts is `targets`,
     what is trained beside it `train_also`."""
 
+    @property
+    def rank(self) -> int:
+        """None of its own: what PEFT calls `r` stands in config."""
+        return 0
+
 
 # ------------------------------------------------------------------------------------------------------------
 # The registry
@@ -273,7 +278,7 @@ class Traits:
     update: str  # what a layer computes, for the README
     says: str  # one honest line, for the README
     source: str
-    num_trained: Callable[[int, int, int], int]  # of I, O and R of one layer
+    num_trained: Callable[[int, int, int], int] | None  # of I, O and R of one layer; None: PEFT alone knows
     refuses: Mapping[str, str] = field(default_factory=dict)  # layer kind, "quantized", "int8", ... -> why
     no_lr_ratio: str = ""  # why B cannot have a learning rate of its own
     any_rank: bool = False  # the rank may be above a layer's smaller side
@@ -374,7 +379,8 @@ TRAITS: dict[str, Traits] = {
         "as PEFT's `type` says",
         "OFT, IA3, LoHa, ...: PEFT's layers in lorakit's loop, saved and merged as PEFT does",
         "PEFT",
-        _of_lora,
+        None,
         no_lr_ratio=_PAIR + "lorakit does not know which parameters of {} are B: delete it",
+        any_rank=True,
     ),
 }

@@ -1,0 +1,177 @@
+"""Any tuner of PEFT's in lorakit's loop: `method: peft`, `type: OFT`, `config: {...}`.
+
+What a layer computes is the tuner's own matter (OFT: W R x with R orthogonal and block-diagonal, Qiu et al.
+2023, arXiv 2306.07280; IA3: l * (W x), or W (l * x) in feedforward_modules, Liu et al. 2022, arXiv
+2205.05638; ...). PEFT draws the start, computes and names the tensors of the file; targets, fp32, seeds,
+steps, checkpoints and counts are lorakit's as for every method. recipe/peft_types.py says which types do not
+go, and why.
+
+Different from PEFT: targets are whole names, never ends of names; what a tuner would leave alone, train
+beside its layers or take from the base is refused here, before a step; so is a pattern that fits no layer.
+"""
+
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
+
+from lorakit.adapters import Adapter, Role, Trained, copy_into
+from lorakit.adapters.lora_files import config_as_json, write_adapter
+from lorakit.errors import LorakitError, out_of_memory
+from lorakit.recipe.methods import PeftTuner
+from lorakit.recipe.peft_types import config_class, first_line, keywords
+from lorakit.targets import Target, candidates, matches
+
+
+class PeftTunerAdapter(Adapter):
+    def __init__(
+        self,
+        section: PeftTuner,
+        model: Any,
+        targets: Sequence[Target],
+        seed: int,
+        train_also: Sequence[str] = (),
+        config: PeftConfig | None = None,
+    ) -> None:
+        """Attaches in place. `config`: that of an adapter's file, in place of the section's and the targets'.
+
+        Raises: LorakitError when PEFT refuses this model, or would do other than it was told.
+        """
+        self.targets, self.tuner = tuple(targets), section.type
+        of_base = {id(parameter) for parameter in model.parameters()}
+        config = _config(section, self.targets, train_also) if config is None else config
+        torch.manual_seed(seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # fan_in_fan_out of Conv1D, tied weights: decided and tested here
+            with _told(self.tuner):
+                self.peft: PeftModel = get_peft_model(model, config)
+        found = tuner_layers(model)
+        if odd := sorted(found.keys() ^ {target.layer.name for target in targets}) if targets else []:
+            raise LorakitError(f"adapter: {self.tuner} and adapter.targets differ in {odd[0]}")
+        trained = self.trained()
+        if not any(item.role is not Role.HEAD for item in trained):
+            raise LorakitError(f"adapter: {self.tuner} trains nothing on these layers", _OTHER_LAYERS)
+        if base := [item.name for item in trained if id(item.parameter) in of_base]:
+            raise LorakitError(f"adapter: {self.tuner} would train the base itself: {base[0]}")
+        for item in trained:
+            item.parameter.data = item.parameter.data.float()
+
+    def trained(self) -> list[Trained]:
+        base = self.peft.get_base_model()
+        return [Trained(name, p, _role(name, p)) for name, p in base.named_parameters() if p.requires_grad]
+
+    def ranks(self) -> dict[str, int]:
+        """None: what PEFT calls `r` is a rank in some tuners, a number of blocks or of layers in others."""
+        return {target.layer.name: 0 for target in self.targets}
+
+    def try_out(self, model: Any, autocast: Callable[[], AbstractContextManager[Any]]) -> None:
+        """A few tokens forward and backward; nothing stays of them.
+
+        Raises: LorakitError where the tuner cannot compute on this model, or nothing of it would move.
+        """
+        ids = torch.arange(8, device=next(model.parameters()).device)[None] % 7
+        training = model.training
+        model.train()
+        try:
+            with _told(self.tuner):
+                with autocast():
+                    logits = model(input_ids=ids, use_cache=False).logits
+                logits.float().square().mean().backward()
+            moves = any(item.parameter.grad is not None for item in self.trained())
+        finally:
+            model.train(training)
+            for item in self.trained():
+                item.parameter.grad = None
+        if not moves:
+            raise LorakitError(f"adapter: nothing of {self.tuner} has a gradient here", _OTHER_LAYERS)
+
+    def disabled(self) -> AbstractContextManager[None]:
+        context: AbstractContextManager[None] = self.peft.disable_adapter()
+        return context
+
+    def state(self) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = get_peft_model_state_dict(self.peft, save_embedding_layers=False)
+        return {name: tensor.detach() for name, tensor in tensors.items()}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        ours = self.state()
+        with torch.no_grad():
+            copy_into(tensors, ours, "the adapter")
+        set_peft_model_state_dict(self.peft, dict(tensors))  # what state() has no place in the model for
+
+    def config(self, base_name: str) -> dict[str, Any]:
+        return config_as_json(self.peft.peft_config["default"], base_name)
+
+    def write(self, folder: Path, base_name: str) -> None:
+        write_adapter(folder, self.config(base_name), self.state())
+
+
+_OTHER_LAYERS = "Change adapter.config or adapter.targets, or choose another adapter.type."
+
+
+@contextmanager
+def _told(kind: str) -> Iterator[None]:
+    """Raises: LorakitError in place of what PEFT raises where the tuner `kind` cannot do something."""
+    try:
+        yield
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        message = f"adapter: PEFT's {kind} does not go here: {first_line(error)}"
+        raise LorakitError(message, _OTHER_LAYERS) from None
+
+
+def tuner_layers(model: Any) -> dict[str, Any]:
+    """Name -> module of every layer that PEFT adapted."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+def _role(name: str, parameter: Tensor) -> Role:
+    """A vector, however it lies, is a scale: weight decay would pull it to zero, where few of them start."""
+    if ".modules_to_save." in name:
+        return Role.HEAD
+    return Role.SCALE if parameter.numel() == max(parameter.shape, default=1) else Role.OTHER
+
+
+def _config(section: PeftTuner, targets: Sequence[Target], train_also: Sequence[str]) -> Any:
+    """The section as PEFT's configuration, with the layers that lorakit chose.
+
+    Raises: LorakitError for a pattern that fits none of them.
+    """
+    config = config_class(section.type)(**keywords(section.type, section.config))
+    config.target_modules = {target.layer.name for target in targets}
+    config.modules_to_save = list(train_also) or None
+    config.task_type = "CAUSAL_LM"
+    if hasattr(config, "fan_in_fan_out"):
+        config.fan_in_fan_out = any(target.layer.kind == "conv1d" for target in targets)
+    if (wanted := section.config.get("feedforward_modules")) is not None:
+        config.feedforward_modules = _named("feedforward_modules", wanted, targets)
+    for field, patterns in section.config.items():
+        if field.endswith("_pattern") and isinstance(patterns, Mapping):
+            for pattern in patterns:
+                if not any(re.match(rf"(.*\.)?({pattern})$", target.layer.name) for target in targets):
+                    raise _matches_nothing(field, pattern, targets)
+    return config
+
+
+def _named(field: str, wanted: str | Sequence[str], targets: Sequence[Target]) -> set[str]:
+    """The adapted layers that `wanted` names, as adapter.targets would."""
+    found: set[str] = set()
+    for pattern in [wanted] if isinstance(wanted, str) else wanted:
+        names = {target.layer.name for target in targets if matches(pattern, target.layer.name)}
+        if not names:
+            raise _matches_nothing(field, pattern, targets)
+        found |= names
+    return found
+
+
+def _matches_nothing(field: str, pattern: str, targets: Sequence[Target]) -> LorakitError:
+    known = candidates([target.layer for target in targets], pattern).replace("of this model", "adapted")
+    return LorakitError(f'adapter.config.{field}: "{pattern}" matches none of the adapted layers', known)
