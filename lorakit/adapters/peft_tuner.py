@@ -7,7 +7,8 @@ steps, checkpoints and counts are lorakit's as for every method. recipe/peft_typ
 go, and why.
 
 Different from PEFT: targets are whole names, never ends of names; what a tuner would leave alone, train
-beside its layers or take from the base is refused here, before a step; so is a pattern that fits no layer.
+beside its layers or take from the base is refused here, before a step; so are a pattern that fits no layer
+and a size that PEFT would round (OFT's blocks, where they do not divide a layer: a warning there).
 """
 
 import re
@@ -28,6 +29,7 @@ from lorakit.errors import LorakitError, out_of_memory
 from lorakit.recipe.methods import PeftTuner
 from lorakit.recipe.peft_types import config_class, first_line, keywords
 from lorakit.targets import Target, candidates, matches
+from lorakit.terminal import say
 
 
 class PeftTunerAdapter(Adapter):
@@ -48,10 +50,10 @@ class PeftTunerAdapter(Adapter):
         of_base = {id(parameter) for parameter in model.parameters()}
         config = _config(section, self.targets, train_also) if config is None else config
         torch.manual_seed(seed)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # fan_in_fan_out of Conv1D, tied weights: decided and tested here
-            with _told(self.tuner):
-                self.peft: PeftModel = get_peft_model(model, config)
+        with _told(self.tuner), warnings.catch_warnings(record=True) as noticed:
+            warnings.simplefilter("always")
+            self.peft: PeftModel = get_peft_model(model, config)
+        _judge(noticed, section.config)
         found = tuner_layers(model)
         if odd := sorted(found.keys() ^ {target.layer.name for target in targets}) if targets else []:
             raise LorakitError(f"adapter: {self.tuner} and adapter.targets differ in {odd[0]}")
@@ -98,7 +100,12 @@ class PeftTunerAdapter(Adapter):
 
     def state(self) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = get_peft_model_state_dict(self.peft, save_embedding_layers=False)
-        return {name: tensor.detach() for name, tensor in tensors.items()}
+        first = {(t.data_ptr(), t.shape): name for name, t in reversed(tensors.items())}
+        # A file holds no tensor twice; RandLoRA's layers share their projections.
+        return {
+            name: t.detach() if first[t.data_ptr(), t.shape] == name else t.detach().clone()
+            for name, t in tensors.items()
+        }
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         ours = self.state()
@@ -126,6 +133,20 @@ def _told(kind: str) -> Iterator[None]:
             raise
         message = f"adapter: PEFT's {kind} does not go here: {first_line(error)}"
         raise LorakitError(message, _OTHER_LAYERS) from None
+
+
+def _judge(noticed: Sequence[warnings.WarningMessage], written: Mapping[str, Any]) -> None:
+    """Say what PEFT warned of. Raises: LorakitError where it took another value than the one written.
+
+    OFT rounds the size of its blocks layer by layer; BOFT without its CUDA extension drops a factor.
+    """
+    texts = list(dict.fromkeys(str(item.message) for item in noticed if item.category is not FutureWarning))
+    for text in texts:
+        changed = re.search(r"Setting (\w+) to (\w+)", text)
+        dropped = changed and str(written.get(changed[1], changed[2])) != changed[2]
+        if dropped or "Adjusted" in text:
+            raise LorakitError(f"adapter.config: PEFT would not do as it is told: {text}", _OTHER_LAYERS)
+        say(f"warning: PEFT: {text}")
 
 
 def tuner_layers(model: Any) -> dict[str, Any]:
