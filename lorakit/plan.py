@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.errors import Problem, RecipeError
-from lorakit.recipe import Recipe
+from lorakit.recipe import Recipe, peft_types
 from lorakit.recipe.data import files_of, is_template, sources
 from lorakit.recipe.methods import NO_DROPOUT, TRAITS
 from lorakit.recipe.optimizer import LORA_PLUS
@@ -138,7 +138,7 @@ def _assigned(section: Any, layers: Sequence[Layer]) -> tuple[list[Target], list
         return [], faults
     alpha: Any = getattr(section, "alpha", "auto")
     patterns = getattr(section, "rank_pattern", {}), getattr(section, "alpha_pattern", {})
-    targets, faults = assign(layers, section.rank, alpha, *patterns)
+    targets, faults = assign(layers, getattr(section, "rank", 0), alpha, *patterns)  # 0: PEFT's own tuners
     if TRAITS[section.method].any_rank:
         return targets, [fault for fault in faults if fault[0] != "adapter.rank"]
     return targets, faults if hasattr(section, "rank_pattern") else _narrow(section, layers)
@@ -146,12 +146,13 @@ def _assigned(section: Any, layers: Sequence[Layer]) -> tuple[list[Target], list
 
 def _refused(section: Any, layers: Sequence[Layer]) -> list[tuple[str, str]]:
     """(field, message) of the first layer of a kind that the method cannot adapt."""
-    refuses = TRAITS[section.method].refuses
+    tuner = section.type if section.method == "peft" else ""
+    refuses = peft_types.refuses(tuner) if tuner else TRAITS[section.method].refuses
     odd = next((layer for layer in layers if layer.kind in refuses), None)
     if odd is None:
         return []
     kind = "an embedding" if odd.kind == "embedding" else f"a {odd.kind} layer"
-    message = f"{odd.name} is {kind}, which {section.method} cannot adapt: {refuses[odd.kind]}"
+    message = f"{odd.name} is {kind}, which {tuner or section.method} cannot adapt: {refuses[odd.kind]}"
     return [("adapter.targets", message)]
 
 

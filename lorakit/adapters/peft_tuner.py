@@ -94,9 +94,18 @@ class PeftTunerAdapter(Adapter):
         if not moves:
             raise LorakitError(f"adapter: nothing of {self.tuner} has a gradient here", _OTHER_LAYERS)
 
-    def disabled(self) -> AbstractContextManager[None]:
-        context: AbstractContextManager[None] = self.peft.disable_adapter()
-        return context
+    def notes(self) -> dict[str, dict[str, Any]]:
+        return {target.layer.name: {"tuner": self.tuner} for target in self.targets}
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        moving = [(parameter, parameter.requires_grad) for parameter in self.peft.parameters()]
+        try:
+            with self.peft.disable_adapter():
+                yield
+        finally:  # PEFT lets all of the adapter move from here on, also what was frozen
+            for parameter, moves in moving:
+                parameter.requires_grad_(moves)
 
     def state(self) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = get_peft_model_state_dict(self.peft, save_embedding_layers=False)

@@ -255,13 +255,7 @@ class PeftTuner(_Layers):
     """The tuner, as PEFT calls it: OFT, BOFT, IA3, LOHA, LOKR, FOURIERFT, ..."""
 
     config: dict[str, Any] = {}
-    """Fields of the tuner's configuration in PEFT, as PEFT calls them. Which layers it adapts is `targets`,
-    what is trained beside it `train_also`."""
-
-    @property
-    def rank(self) -> int:
-        """None of its own: what PEFT calls `r` stands in config."""
-        return 0
+    """Fields of the tuner's configuration in PEFT; `targets` and `train_also` are said here, not there."""
 
 
 # ------------------------------------------------------------------------------------------------------------

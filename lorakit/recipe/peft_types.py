@@ -63,8 +63,13 @@ DECIDED = {
 # Two fields of which one is 0, and the other decides.
 EITHER = {"OFT": ("r", "oft_block_size"), "BOFT": ("boft_block_num", "boft_block_size")}
 
-# Types that wrap a quantized layer and are right on it; a test finds them out.
+# Beside Linear in 16 or 32 bits, which every type adapts; a test finds out what PEFT really has.
 ON_QUANTIZED = ("IA3", "OFT")
+ON_EMBEDDING = ("HIRA", "OFT", "TINYLORA")
+ON_CONV1D = (
+    *("DEFT", "FOURIERFT", "FROD", "GRALORA", "HIRA", "IA3", "PVERA", "RANDLORA", "TINYLORA", "UNILORA"),
+    *("VBLORA", "WAVEFT"),
+)
 
 _IA3 = (
     "IA3 must know which layers have their input scaled instead of their output: write, for example,"
@@ -78,6 +83,12 @@ def config_class(kind: str) -> Any:
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)]
+
+
+def refuses(kind: str) -> dict[str, str]:
+    """Kind of layer -> why the tuner `kind` cannot adapt it."""
+    able = {"conv1d": ON_CONV1D, "embedding": ON_EMBEDDING}
+    return {layer: f"PEFT has no {kind} for it" for layer, kinds in able.items() if kind not in kinds}
 
 
 def problems_of(section: Any, quantize: str) -> Iterator[tuple[str, str]]:

@@ -31,7 +31,7 @@ from lorakit.data.batches import Batches
 from lorakit.devices import autocast_for, start_ranks
 from lorakit.layers import num_parameters
 from lorakit.probe import RunProbe
-from lorakit.recipe import Recipe, load_recipe
+from lorakit.recipe import Recipe, load_recipe, peft_types
 from lorakit.recipe.methods import TRAITS
 from tests.samples import made
 
@@ -64,6 +64,11 @@ SECOND = {"linear": r".*layers\.1\..*", "conv1d": r".*h\.1\..*", "embedding": "e
 PATTERNS = {kind: {"rank_pattern": {SECOND[kind]: 2}, "alpha_pattern": {SECOND[kind]: 3.0}} for kind in KINDS}
 MOVING = {"linear": ["mlp", "norm"], "conv1d": ["mlp", "ln_f"], "embedding": ["embed_tokens"]}
 
+IA3 = {
+    kind: {"config": {"feedforward_modules": names}}
+    for kind, names in (("linear", ["down_proj"]), ("conv1d", ["mlp.c_proj"]), ("embedding", []))
+}
+
 VARIANTS = {
     "lora": Variant({"method": "lora", "rank": RANK}),
     "lora rank-stabilized": Variant({"method": "lora", "rank": RANK, "scaling": "rank_stabilized"}),
@@ -79,7 +84,7 @@ VARIANTS = {
     "full": Variant({"method": "full"}),
     "full in part": Variant({"method": "full"}, {kind: {"train_only": MOVING[kind]} for kind in KINDS}),
     "peft OFT": Variant({"method": "peft", "type": "OFT", "config": {"r": RANK, "oft_block_size": 0}}),
-    "peft IA3": Variant({"method": "peft", "type": "IA3"}),
+    "peft IA3": Variant({"method": "peft", "type": "IA3"}, IA3),
 }
 
 
@@ -105,7 +110,9 @@ class Cell:
     @property
     def reason(self) -> str:
         """Why the registry refuses this cell, or the empty string."""
-        refuses = TRAITS[self.method].refuses
+        refuses = (
+            peft_types.refuses(self.section["type"]) if self.method == "peft" else TRAITS[self.method].refuses
+        )
         quantized = refuses.get("quantized", "").format(self.base) if self.base == "nf4" else ""
         return quantized or (refuses.get(self.kind, "") if self.method != "full" else "")
 
