@@ -23,7 +23,7 @@ from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
-from lorakit.adapters import Adapter, Role, Trained, copy_into
+from lorakit.adapters import Adapter, Role, Trained, base_alone, copy_into
 from lorakit.adapters.lora_files import config_as_json, write_adapter
 from lorakit.errors import LorakitError, out_of_memory
 from lorakit.recipe.methods import PeftTuner
@@ -97,15 +97,8 @@ class PeftTunerAdapter(Adapter):
     def notes(self) -> dict[str, dict[str, Any]]:
         return {target.layer.name: {"tuner": self.tuner} for target in self.targets}
 
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        moving = [(parameter, parameter.requires_grad) for parameter in self.peft.parameters()]
-        try:
-            with self.peft.disable_adapter():
-                yield
-        finally:  # PEFT lets all of the adapter move from here on, also what was frozen
-            for parameter, moves in moving:
-                parameter.requires_grad_(moves)
+    def disabled(self) -> AbstractContextManager[None]:
+        return base_alone(self.peft)
 
     def state(self) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = get_peft_model_state_dict(self.peft, save_embedding_layers=False)

@@ -49,6 +49,8 @@ REFUSED = {
     ("adalora", "embedding"),  # PEFT has no layer for it
     ("vera", "embedding"),  # PEFT has no layer for it
     ("lora-drop", "embedding"),  # importance compares products with inputs
+    ("peft", "conv1d"),  # OFT: PEFT has no layer for it
+    ("peft", "embedding"),  # IA3: PEFT has no layer for it
     ("full", "nf4"),  # 4-bit weights have no gradient
 }
 PENDING = TRAITS.keys() - METHODS.keys()
@@ -237,6 +239,8 @@ def closed_form(cell: Cell, run: Attached) -> int:
     ranks = [RANK] * len(layers)
     if cell.variant == "lora patterns":
         ranks[-1] = 2
+    if cell.variant == "peft OFT":  # R blocks of what is rotated: the input, of an embedding the output
+        layers = [[(b, a) for a, b in layer] for layer in layers] if cell.kind == "embedding" else layers
     formula = FORMULAS[cell.variant.split(" ")[0] if cell.method != "peft" else cell.variant]
     return sum(formula(a, b, r) for layer, r in zip(layers, ranks, strict=True) for a, b in layer)
 
@@ -248,6 +252,8 @@ FORMULAS: dict[str, Callable[[int, int, int], int]] = {  # of in, out and rank
     "adalora": lambda a, b, r: r * (a + b + 1),
     "vera": lambda a, b, r: r + b,
     "delta-lora": lambda a, b, r: r * (a + b),
+    "peft OFT": lambda a, b, r: r * (a // r) * (a // r - 1) // 2,  # skew-symmetric blocks
+    "peft IA3": lambda a, b, r: a if a == INNER else b,  # the input of the second layer of an MLP
 }
 
 
