@@ -11,10 +11,11 @@ from typing import Any
 
 from lorakit.errors import LorakitError
 from lorakit.model_files import header, read_json
-from lorakit.shapes import Layer
+from lorakit.shapes import Layer, embedding_of
 from lorakit.targets import Target, modules_above
 
 Shape = tuple[int, ...]
+ROWS = ".token_adapter.trainable_tokens_delta"  # of some rows of an embedding, behind its name
 _OTHER_BASE = "It was trained on another base: name that one: --base PATH (generate and chat: --base-path)."
 
 
@@ -26,6 +27,7 @@ class AdapterFile:
         str, Mapping[str, Shape]
     ]  # place of a layer in the file -> tensor (lora_A, lora_magnitude_vector, ...) -> shape
     whole: Mapping[str, Mapping[str, Shape]]  # module trained whole -> parameter -> shape
+    trained_rows: Mapping[str, Shape]  # tensor with rows of an embedding -> shape
 
     @property
     def method(self) -> str:
@@ -40,6 +42,29 @@ class AdapterFile:
     def train_also(self) -> list[str]:
         """The innermost modules trained whole."""
         return sorted({name.rpartition(".")[0] for inside in self.whole.values() for name in inside})
+
+    def rows(self, layers: Sequence[Layer]) -> dict[str, tuple[int, ...]]:
+        """Input embedding -> the rows of it that are trained; empty where there are none.
+
+        Raises: LorakitError for rows of another layer, or that do not fit.
+        """
+        told = self.config.get("trainable_token_indices")
+        if not told:
+            return {}
+        table = embedding_of(layers)
+        named = told if isinstance(told, dict) else {table.name if table else "": told}
+        name, ids = next(iter(named.items()))
+        if table is None or len(named) > 1 or not f".{table.name}".endswith(f".{name}"):
+            why = "lorakit reads trainable_token_indices of the input embedding alone"
+            raise LorakitError(f"{self.folder}: {why}, not of {', '.join(named)}")
+        ids = ids if isinstance(ids, list) else [ids]
+        known = all(type(n) is int and 0 <= n < table.in_features for n in ids)
+        shape = self.trained_rows.get(f"{table.name}{ROWS}")
+        if not known or shape != (len(ids), table.out_features):
+            raise LorakitError(
+                f"{self.folder}: its trained tokens do not fit {table.name} of this model", _OTHER_BASE
+            )
+        return {table.name: tuple(ids)}
 
     def layers_at(self, layers: Sequence[Layer]) -> dict[str, Layer]:
         """Place in the file -> the layer whose tensors are there, if any are.
@@ -123,6 +148,7 @@ def read(folder: Path) -> AdapterFile:
         raise LorakitError(f"{folder}: no adapter_model.safetensors{why if pickled else ''}")
     adapted: dict[str, dict[str, Shape]] = {}
     whole: dict[str, dict[str, Shape]] = {}
+    rows: dict[str, Shape] = {}
     ends = tuple(config.get("modules_to_save") or ())  # PEFT: "norm" is also the end of "input_layernorm"
     for key, tensor in header(file).items():
         if key == "__metadata__":
@@ -135,7 +161,10 @@ def read(folder: Path) -> AdapterFile:
         if found:
             adapted.setdefault(layer, {})[f"lora_{rest.partition('.')[0]}"] = shape
             continue
+        if name.endswith(ROWS):
+            rows[name] = shape
+            continue
         owners = [module for module in modules_above(name) if module.endswith(ends)]
         if owners:  # any other weight is a copy of the base's, such as an embedding beside its adapter
             whole.setdefault(owners[0], {})[name] = shape
-    return AdapterFile(folder, config, adapted, whole)
+    return AdapterFile(folder, config, adapted, whole, rows)

@@ -6,7 +6,7 @@ an adapter holds from the header of its file.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, prod
 from pathlib import Path
@@ -20,7 +20,15 @@ from lorakit.recipe import Recipe, default_recipe, is_hub_id, load_recipe
 from lorakit.recipe.methods import TRAITS
 from lorakit.recipe.model import Model
 from lorakit.shapes import Layer, Shapes
-from lorakit.targets import QUANTIZED, TIED, Target, modules_above, select_parameters, select_whole
+from lorakit.targets import (
+    QUANTIZED,
+    TIED,
+    Target,
+    modules_above,
+    select_parameters,
+    select_rows,
+    select_whole,
+)
 
 Entry = dict[str, Any]  # one of params.json's modules
 
@@ -137,6 +145,7 @@ def _of_method(recipe: Recipe, shapes: Shapes, folder: Path) -> list[Entry]:
     Raises: RecipeError for targets, patterns and ranks that do not fit the model.
     """
     section: Any = recipe.adapter
+    saved: AdapterFile | None = None
     whole, problems = _whole_modules(shapes, section.train_also, recipe.model.quantize != "none")
     if problems:
         raise RecipeError(recipe.problem("adapter.train_also", message) for message in problems)
@@ -153,7 +162,13 @@ def _of_method(recipe: Recipe, shapes: Shapes, folder: Path) -> list[Entry]:
     count_trained = TRAITS[section.method].num_trained
     if count_trained is None:
         return _in_order(_of_tuner(section, folder, targets, whole), shapes)
-    entries = []
+    texts = () if saved else getattr(section, "train_tokens", ())
+    moved = [*(target.layer.name for target in targets), *whole]
+    table, problems = select_rows(shapes.layers, texts, shapes.tied, moved)
+    if problems:
+        raise RecipeError(recipe.problem("adapter.train_tokens", message) for message in problems)
+    tokens = saved.rows(shapes.layers) if saved else {table.name: texts} if table and texts else {}
+    entries = _of_rows(tokens, shapes)
     for target in targets:
         layer, rank = target.layer, section.init_rank if section.method == "adalora" else target.rank
         trained = layer.num_experts * count_trained(layer.in_features, layer.out_features, rank)
@@ -177,6 +192,12 @@ def _of_tuner(section: Any, folder: Path, targets: Sequence[Target], whole: Sequ
     adapter = attach(section, model_on_meta(folder), list(targets), seed=0, train_also=whole)
     entries: list[Entry] = parameters(adapter, 0)["modules"]
     return entries
+
+
+def _of_rows(tokens: Mapping[str, Sequence[Any]], shapes: Shapes) -> list[Entry]:
+    """One entry per embedding of which some rows are trained."""
+    widths = {layer.name: layer.out_features for layer in shapes.layers}
+    return [_whole_entry(name, [(len(rows), widths[name])]) for name, rows in tokens.items()]
 
 
 def _whole_modules(shapes: Shapes, patterns: Sequence[str], quantized: bool) -> tuple[list[str], list[str]]:
@@ -227,7 +248,7 @@ def _entries_of(saved: AdapterFile, shapes: Shapes) -> list[Entry]:
         _whole_entry(name, [inside[key] for key in sorted(inside, key=lambda key: place.get(key, inf))])
         for name, inside in saved.whole.items()
     ]
-    return adapted + whole
+    return adapted + whole + _of_rows(saved.rows(shapes.layers), shapes)
 
 
 def _base_of(saved: AdapterFile, base: str | Path | None) -> Path:

@@ -300,6 +300,8 @@ def _comes_apart(opened: Opened) -> bool:
     """Whether the two ends share their weights in the base, and will not any more."""
     assert opened.contents is not None
     changed = opened.contents.changes.keys() | opened.contents.whole.keys()
+    if opened.contents.tokens:  # rows that both ends have
+        changed = changed - {_ends(opened)[0]}
     return bool(opened.base.config.get_text_config().tie_word_embeddings and changed & set(_ends(opened)))
 
 

@@ -13,8 +13,9 @@ from typing import Any
 
 from lorakit.errors import Problem, RecipeError
 from lorakit.recipe import Recipe, peft_types
+from lorakit.recipe.adapter import NO_DROPOUT
 from lorakit.recipe.data import files_of, is_template, sources
-from lorakit.recipe.methods import NO_DROPOUT, TRAITS
+from lorakit.recipe.methods import TRAITS
 from lorakit.recipe.optimizer import LORA_PLUS
 from lorakit.recipe.task import TRAIN_ON
 from lorakit.shapes import Layer
@@ -99,11 +100,16 @@ def check_kind_of_start(recipe: Recipe) -> list[Problem]:
     """Where start_from is a DoRA and the method is not, or the other way round. An unreadable file is left to
     its reader."""
     method, start = recipe.adapter.method, getattr(recipe.adapter, "start_from", None)
+    rows = False
     try:
         config = json.loads((Path(start or "") / "adapter_config.json").read_text())
         is_dora = bool(config.get("use_dora", False))
+        rows = bool(config.get("trainable_token_indices"))
     except (OSError, ValueError, AttributeError):
         return []
+    if rows and method != "lora":
+        message = f"{start} trained tokens of the vocabulary, which {method} cannot"
+        return [recipe.problem("adapter.start_from", message)]
     if is_dora == (method == "dora"):
         return []
     if is_dora:

@@ -1,7 +1,7 @@
 """All that stands before step 0: tokens, model, adapter, plan. Bad input is found here, cheapest first."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,10 +36,10 @@ from lorakit.plan import (
 )
 from lorakit.recipe import Recipe
 from lorakit.recipe.methods import TRAITS
-from lorakit.targets import Target
+from lorakit.targets import Target, select_rows
 from lorakit.tasks import Objective
 from lorakit.terminal import say
-from lorakit.tokenizer import load_tokenizer
+from lorakit.tokenizer import load_tokenizer, token_ids
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ def prepare(recipe: Recipe, record: dict[str, Any], ranks: Accelerator) -> Prepa
     # Data first: a bad row costs seconds to find, a model minutes to load.
     folder = model_files.locate(recipe.model)
     tokenizer = load_tokenizer(folder, recipe.model, recipe.data.chat_template)
+    tokens = tokens_of(recipe, tokenizer)
     rows, held_out = load_rows(recipe, tokenizer)
 
     hardware = hardware_of(ranks.device)
@@ -72,7 +73,7 @@ def prepare(recipe: Recipe, record: dict[str, Any], ranks: Accelerator) -> Prepa
     base = load_base(recipe, folder, tokenizer, decisions["model.dtype"].value, ranks.device)
     data.check_context(base.config.to_dict(), base.layers, rows, held_out)
     num_base = num_parameters(base.model, base.layers)
-    adapter = attach_adapter(recipe, base, count_steps(recipe, rows.tokens.num_draws))
+    adapter = attach_adapter(recipe, base, count_steps(recipe, rows.tokens.num_draws), tokens)
     autocast = autocast_for(precision, ranks.device)
     adapter.try_out(base.model, autocast)
 
@@ -167,8 +168,17 @@ def load_base(recipe: Recipe, folder: Path, tokenizer: Any, dtype: str, device: 
     return base
 
 
-def attach_adapter(recipe: Recipe, base: Base, total_steps: int) -> Adapter:
-    """The adapter of the recipe on the model, new or continued from `start_from`."""
+def tokens_of(recipe: Recipe, tokenizer: Any) -> list[int]:
+    """The tokens whose rows of the embedding are trained. Raises: RecipeError for a text that is not one."""
+    ids, problems = token_ids(tokenizer, getattr(recipe.adapter, "train_tokens", ()))
+    if problems:
+        raise RecipeError(recipe.problem("adapter.train_tokens", message) for message in problems)
+    return ids
+
+
+def attach_adapter(recipe: Recipe, base: Base, total_steps: int, tokens: Sequence[int] = ()) -> Adapter:
+    """The adapter of the recipe on the model, new or continued from `start_from`. `tokens`: rows of the input
+    embedding that the recipe trains."""
     section: Any = recipe.adapter
     seed = recipe.training.seed
     if section.method == "full":
@@ -182,7 +192,13 @@ def attach_adapter(recipe: Recipe, base: Base, total_steps: int) -> Adapter:
         raise RecipeError(recipe.problem("adapter.train_also", message) for message in problems)
     if getattr(section, "start_from", None) is None:
         targets = choose_targets(recipe, base.layers)
-        return attach(section, base.model, targets, seed, train_also=whole, **planned)
+        moved = [*(target.layer.name for target in targets), *whole]
+        tied = bool(base.config.get_text_config().tie_word_embeddings)
+        _, problems = select_rows(base.layers, tokens, tied, moved)
+        if problems:
+            raise RecipeError(recipe.problem("adapter.train_tokens", message) for message in problems)
+        rows = {"tokens": tokens} if tokens else {}
+        return attach(section, base.model, targets, seed, train_also=whole, **planned, **rows)
     from lorakit.adapters.lora_files import read_adapter
 
     there = read_adapter(Path(section.start_from), base.layers)
@@ -197,7 +213,8 @@ def attach_adapter(recipe: Recipe, base: Base, total_steps: int) -> Adapter:
         adapter.continue_from(there.factors, there.whole)  # type: ignore[attr-defined]
         return adapter
     section = section.model_copy(update={"scaling": there.scaling})
-    adapter = attach(section, base.model, there.targets, seed, train_also=there.train_also)
+    rows = {"tokens": there.tokens} if there.tokens else {}
+    adapter = attach(section, base.model, there.targets, seed, train_also=there.train_also, **rows)
     adapter.load_state(there.tensors)
     return adapter
 

@@ -83,8 +83,8 @@ def _plain_names(model: Any, layers: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _plain(name: str) -> str:
-    """Without what PEFT puts in where it wraps a layer, or one of experts several times."""
-    return re.sub(r"(\.base_layer)+(?=\.|$)", "", name)
+    """Without what PEFT puts in where it wraps a layer, one of experts several times, or an embedding."""
+    return re.sub(r"(\.(base_layer|token_adapter))+(?=\.|$)", "", name)
 
 
 def _weight_of(name: str, layer: Any) -> str:

@@ -45,7 +45,7 @@ def _modules(adapter: Adapter, trained: Sequence[Trained]) -> list[dict[str, Any
     shapes: dict[str, tuple[int, int]] = {}
     for item in trained:
         name = item.layer or next((above for above in modules_above(item.name) if above in adapted), None)
-        name = name or item.name.rpartition(".")[0].split(".modules_to_save.")[0]
+        name = name or re.split(r"\.(?:modules_to_save|token_adapter)\.", item.name.rpartition(".")[0])[0]
         counts[name] = counts.get(name, 0) + item.parameter.numel()
         if item.parameter.dim() == 2:
             shapes.setdefault(name, (item.parameter.shape[1], item.parameter.shape[0]))

@@ -233,7 +233,8 @@ def attach_saved(saved: Saved, base: Base) -> tuple[Adapter, lora_files.Contents
             )
     scaling: Any = contents.scaling
     section = Dora(method="dora", scaling=scaling) if contents.method == "dora" else Lora(scaling=scaling)
-    adapter = attach(section, base.model, contents.targets, seed=0, train_also=contents.train_also)
+    also, tokens = contents.train_also, contents.tokens
+    adapter = attach(section, base.model, contents.targets, seed=0, train_also=also, tokens=tokens)
     adapter.load_state(contents.tensors)
     base.model.requires_grad_(False)
     return adapter, contents

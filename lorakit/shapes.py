@@ -75,6 +75,13 @@ class Shapes:
         return {name: prod(shape) for name, shape in self.parameters.items() if name not in matrices}
 
 
+def embedding_of(layers: Sequence[Layer]) -> Layer | None:
+    """The input embedding: the first as long as the output head is wide, else the first of all."""
+    tables = [layer for layer in layers if layer.kind == "embedding"]
+    width = next((layer.out_features for layer in layers if layer.role == "head"), None)
+    return next((table for table in tables if table.in_features == width), next(iter(tables), None))
+
+
 def is_expert(name: str, num_dimensions: int) -> bool:
     """Whether a parameter holds the weights of all experts of a mixture in one tensor."""
     return num_dimensions == 3 and "expert" in name

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lorakit.errors import did_you_mean
-from lorakit.shapes import Layer
+from lorakit.shapes import Layer, embedding_of
 
 PRESETS = ("all-linear", "attention", "mlp")
 
@@ -142,6 +142,27 @@ def select_parameters(
             problems.append(f'"{pattern}" matches no module and no parameter. {near}'.rstrip())
         chosen |= found
     return [name for name in parameters if name in chosen], problems
+
+
+def select_rows(
+    layers: Sequence[Layer], tokens: Sequence[str | int], tied: bool, moved: Sequence[str]
+) -> tuple[Layer | None, list[str]]:
+    """(the input embedding, what keeps its rows of `tokens` from being trained by themselves).
+
+    `tied`: whether the output head shares them. `moved`: the layers and modules that move already.
+    """
+    table = embedding_of(layers)
+    if table is None:
+        return None, ["this model has no input embedding"] if tokens else []
+    numbers = [token for token in tokens if isinstance(token, int)]
+    beyond = [
+        f"{n} is no row of {table.name}, which has {table.in_features}"
+        for n in numbers
+        if n >= table.in_features
+    ]
+    ends = [table.name, *(layer.name for layer in layers if tied and layer.role == "head")]
+    twice = [end for end in ends for name in moved if tokens and f"{end}.".startswith(f"{name}.")]
+    return table, [*beyond, *(f"{end} is adapted or trained whole already" for end in twice)]
 
 
 def modules_above(parameter: str) -> Iterator[str]:

@@ -3,10 +3,11 @@
 import logging
 import sys
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorakit.errors import LorakitError
+from lorakit.errors import LorakitError, did_you_mean
 from lorakit.recipe.data import is_template
 from lorakit.recipe.model import Model
 
@@ -52,6 +53,34 @@ def load_tokenizer(folder: Path, section: Model, chat_template: str | None) -> A
         tokenizer.chat_template = template_text(chat_template)
     _check_template(tokenizer, "the tokenizer's own" if chat_template is None else chat_template)
     return tokenizer
+
+
+def token_ids(tokenizer: Any, tokens: Sequence[str | int]) -> tuple[list[int], list[str]]:
+    """(the numbers of `tokens`, in order; what is wrong with them): each is a text that is one token, or a
+    number."""
+    vocabulary: dict[str, int] = tokenizer.get_vocab() if tokens else {}
+    found: dict[int, str | int] = {}
+    problems = []
+    for token in tokens:
+        number = token if isinstance(token, int) else _number_of(tokenizer, vocabulary, token)
+        if number is None:
+            # Of a vocabulary of 150,000 only what begins alike and is as long.
+            alike = [t for t in vocabulary if t[:1] == str(token)[:1] and abs(len(t) - len(str(token))) < 3]
+            larger = "A token that it lacks needs a larger vocabulary, which lorakit does not make."
+            told = [f'"{token}" is not one token of this tokenizer.', did_you_mean(str(token), alike), larger]
+            problems.append(" ".join(filter(None, told)))
+        elif number in found:
+            problems.append(f"{token!r} and {found[number]!r} are the same token")
+        else:
+            found[number] = token
+    return list(found), problems
+
+
+def _number_of(tokenizer: Any, vocabulary: Mapping[str, int], text: str) -> int | None:
+    if text in vocabulary:
+        return vocabulary[text]
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]  # " the" is "Ġthe" in the vocabulary
+    return int(ids[0]) if len(ids) == 1 and ids[0] != tokenizer.unk_token_id else None
 
 
 def _check_template(tokenizer: Any, name: str) -> None:

@@ -14,6 +14,12 @@ DoRA scales every row of W + scale * B A to the trained length m, which starts a
 
 so that dropout leaves the base's own output whole. m starts at the lengths in fp32, also of a bf16 or 4-bit
 base: PEFT's are rounded to the base's dtype, by which step 0 is another model. A row of zeros is refused.
+
+Experts of a mixture that are one 3-D parameter have an A and a B each. PEFT adds scale * B A to the parameter
+for the time of each forward pass, so all of its experts are computed with, and in its dtype: beside a bf16
+base what an update adds is rounded to bf16 with the weight, and the gradient of the whole parameter exists
+for a moment. Rows of the input embedding, and of a head that shares them, are PEFT's trainable tokens: the
+row itself is trained, not what is added to it; the table is copied once per forward pass.
 """
 
 import re
@@ -46,14 +52,17 @@ class LoraAdapter(Adapter):
         targets: Sequence[Target],
         seed: int,
         train_also: Sequence[str] = (),
+        tokens: Sequence[int] = (),
     ) -> None:
-        """Attaches in place: `model` computes with the adapter from here on."""
+        """Attaches in place: `model` computes with the adapter from here on. `tokens`: rows of the input
+        embedding that are trained."""
         self.targets = tuple(targets)
         # get_peft_model draws A (and an Embedding's B) from the global generator, on the layer's device.
         torch.manual_seed(seed)
         stabilized = section.scaling == "rank_stabilized"
         dropout, dora = getattr(section, "dropout", 0.0), section.method == "dora"
-        config = lora_config(self.targets, train_also, dropout, stabilized, _INIT[section.init], dora)
+        rows = {_embedding(model): tokens} if tokens else None
+        config = lora_config(self.targets, train_also, dropout, stabilized, _INIT[section.init], dora, rows)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # fan_in_fan_out of Conv1D, tied weights: decided and tested here
             self.peft: PeftModel = get_peft_model(model, config)
@@ -131,6 +140,17 @@ def _lengths_of_columns(weight: Tensor, lora_weight: Tensor, scaling: float, **_
     moved = weight.to(wide).T + scaling * lora_weight.to(wide)
     lengths: Tensor = torch.linalg.vector_norm(moved, dim=1)
     return lengths
+
+
+def _embedding(model: Any) -> str:
+    """Name of the input embedding. Raises: LorakitError for one whose rows PEFT cannot train."""
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is not None and head.weight is table.weight and getattr(head, "bias", None) is not None:
+        raise LorakitError(
+            "adapter.train_tokens: the output head shares the embedding and has a bias, which PEFT would drop"
+        )
+    name: str = next(name for name, module in model.named_modules() if module is table)
+    return name
 
 
 def _role(name: str) -> Role:

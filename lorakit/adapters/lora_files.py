@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, linalg
 
 from lorakit import adapter_file
-from lorakit.adapter_file import AdapterFile
+from lorakit.adapter_file import ROWS, AdapterFile
 from lorakit.adapters import Adapter, Role, write_tensors
 from lorakit.errors import LorakitError
 from lorakit.shapes import Layer
@@ -79,8 +80,10 @@ def lora_config(
     rank_stabilized: bool = False,
     init: bool | str = True,
     dora: bool = False,
+    tokens: Mapping[str, Sequence[int]] | None = None,
 ) -> LoraConfig:
-    """The most frequent rank and alpha in general, the others as patterns on whole names."""
+    """The most frequent rank and alpha in general, the others as patterns on whole names. `tokens`: embedding
+    -> its rows that are trained."""
     rank = Counter(target.rank for target in targets).most_common(1)[0][0]
     alpha = Counter(target.alpha for target in targets).most_common(1)[0][0]
     return LoraConfig(
@@ -91,6 +94,7 @@ def lora_config(
         target_modules=[target.layer.name for target in targets if target.layer.kind != "experts"],
         target_parameters=[t.layer.name for t in targets if t.layer.kind == "experts"] or None,
         modules_to_save=list(train_also) or None,
+        trainable_token_indices={name: list(rows) for name, rows in (tokens or {}).items()} or None,
         lora_dropout=dropout,
         use_rslora=rank_stabilized,
         use_dora=dora,
@@ -122,7 +126,7 @@ _CHANGES_NOTHING = {
         "qalora_group_size",
     ),
     *("r", "rank_pattern", "revision", "runtime_config", "target_modules", "target_parameters"),
-    *("task_type", "use_dora"),
+    *("task_type", "trainable_token_indices", "use_dora"),
     "use_rslora",
 }
 
@@ -176,6 +180,7 @@ class Contents:
     tensors: dict[str, Tensor]  # all but the copies, under the names of the file: what load_state() takes
     train_also: tuple[str, ...]  # the modules trained whole
     scaling: str
+    tokens: tuple[int, ...] = ()  # rows of the input embedding that are trained
 
     @property
     def targets(self) -> list[Target]:
@@ -207,19 +212,30 @@ def read_adapter(folder: Path, layers: Sequence[Layer]) -> Contents:
         raise LorakitError(f"{folder / 'adapter_model.safetensors'}: cannot be read: {error}") from None
     places = {layer.name: place for place, layer in file.layers_at(layers).items()}
     factors = [_factors(target, places[target.layer.name], tensors, file) for target in file.targets(layers)]
+    rows = file.rows(layers)
     kept = {name for inside in file.whole.values() for name in inside}
     copies, own, whole = {}, {}, {}
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
-        if ".lora_" not in name and name not in kept:
+        if ".lora_" not in name and name not in kept and not name.endswith(ROWS):
             copies[name.replace(".base_layer.", ".")] = tensor
             continue
         own[key] = tensor
         if name in kept:
             whole[name] = tensor
     changes = {item.target.layer.weight: item.applied for item in factors}
+    for embedding, ids in rows.items():
+        changes[f"{embedding}.weight"] = partial(_with_rows, list(ids), own[f"{PREFIX}{embedding}{ROWS}"])
     also, scaling = tuple(file.train_also), file.scaling
-    return Contents(file.method, tuple(factors), changes, whole, copies, own, also, scaling)
+    tokens = tuple(number for ids in rows.values() for number in ids)
+    return Contents(file.method, tuple(factors), changes, whole, copies, own, also, scaling, tokens)
+
+
+def _with_rows(ids: list[int], rows: Tensor, weight: Tensor) -> Tensor:
+    """`weight` (V, H) with `rows` in the places `ids`."""
+    changed = weight.clone()
+    changed[ids] = rows.to(weight)
+    return changed
 
 
 def _factors(target: Target, name: str, tensors: Mapping[str, Tensor], file: AdapterFile) -> Factors:

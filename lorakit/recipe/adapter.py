@@ -5,7 +5,6 @@ from typing import Annotated, Any
 from pydantic import Discriminator, Tag
 
 from lorakit.recipe.methods import (
-    NO_DROPOUT,
     TRAITS,
     AdaLora,
     DeltaLora,
@@ -20,6 +19,8 @@ from lorakit.recipe.methods import (
 )
 from lorakit.recipe.peft_types import problems_of
 from lorakit.recipe.section import Conflicts, Section, Written
+
+NO_DROPOUT = "their update is added to the weight before any input is seen; write 0"
 
 
 def _method(section: Any) -> Any:
@@ -53,7 +54,7 @@ def conflicts(recipe: Any, written: Written) -> Conflicts:
     if getattr(adapter, "start_from", None) is not None and written("adapter.init") is not None:
         yield "adapter.init", "has no effect with start_from: the weights come from there; delete it"
     if adapter.method == "lora":
-        yield from _lora_conflicts(adapter)
+        yield from _lora_conflicts(adapter, written)
     if adapter.method == "full" and written("model.dtype") == "bf16":
         yield "model.dtype", "full fine-tuning updates fp32 weights (bf16 loses small updates); delete it"
     elif adapter.method == "adalora":
@@ -71,7 +72,9 @@ def conflicts(recipe: Any, written: Written) -> Conflicts:
             )
 
 
-def _lora_conflicts(adapter: Lora) -> Conflicts:
+def _lora_conflicts(adapter: Lora, written: Written) -> Conflicts:
+    if adapter.start_from is not None and written("adapter.train_tokens") is not None:
+        yield "adapter.train_tokens", "has no effect with start_from: the tokens come from there; delete it"
     if not adapter.targets and not adapter.target_parameters:
         yield "adapter.targets", "must not be empty"
     if adapter.target_parameters and adapter.dropout > 0:

@@ -86,14 +86,15 @@ class Lora(_Factors):
     """Expert weights of a mixture that are one 3-D parameter (Mixtral, Qwen3-MoE: gate_up_proj, down_proj):
     ends of their names, or regular expressions for all of it. Every expert has an A and a B of its own."""
 
+    train_tokens: tuple[Pattern | Annotated[int, Field(ge=0)], ...] = ()
+    """Tokens, by text or number, whose rows of the input embedding (and of a head that shares them) are
+    trained too: "<|im_start|>" of a base model that never saw its chat marks."""
+
     dropout: Share = 0.0
     """Share of the adapter's input features set to zero in training."""
 
     start_from: str | None = None
     """Directory of an adapter to continue from, with a fresh optimizer; rank, alpha, targets come from it."""
-
-
-NO_DROPOUT = "their update is added to the weight before any input is seen; write 0"
 
 
 class Dora(_Factors):
@@ -282,10 +283,8 @@ class Traits:
     checkpoint_bytes: int = 12  # per trained parameter: the parameter and AdamW's two moments
 
 
-_LIKE_LORA = (
-    *("rank", "alpha", "scaling", "targets", "target_parameters"),
-    *("rank_pattern", "alpha_pattern", "train_also"),
-)
+_LIKE_LORA = ("rank", "alpha", "scaling", "targets", "rank_pattern", "alpha_pattern", "train_also")
+_OF_LORA = ("target_parameters", "train_tokens")
 
 
 def _of_lora(inside: int, outside: int, rank: int) -> int:
@@ -299,7 +298,7 @@ TRAITS: dict[str, Traits] = {
         "the default: nothing below beats it by much once its learning rate is right",
         "arXiv 2106.09685",
         _of_lora,
-        taken_over=_LIKE_LORA,
+        taken_over=(*_LIKE_LORA, *_OF_LORA),
     ),
     "dora": Traits(
         Dora,

@@ -31,13 +31,24 @@ class CausalLmTask:
         """The same sum from the hidden states at the M predictors, without logits."""
         head = model.get_output_embeddings()
         head = getattr(head, "modules_to_save", {"default": head})["default"]  # PEFT's copy of a trained head
+        head, weight = _with_rows(head)
         if type(head) is not nn.Linear:
             kind = "adapted" if hasattr(head, "base_layer") else f"a {type(head).__name__}"
             raise Unsupported(f"the output head is {kind}")
         hidden = model.get_decoder()(**inputs_of(micro)).last_hidden_state  # (B, T, H)
         chosen = hidden.reshape(-1, hidden.shape[-1]).index_select(0, micro.predictors)  # (M, H)
         scale, softcap = logit_transform(model.config)
-        return cross_entropy.summed(chosen, head.weight, micro.targets, head.bias, scale, softcap)
+        return cross_entropy.summed(chosen, weight, micro.targets, head.bias, scale, softcap)
+
+
+def _with_rows(head: Any) -> tuple[Any, Any]:
+    """(the output head, its weight): with the trained rows in place where PEFT ties the head to an embedding
+    of which some rows are trained."""
+    if not hasattr(head, "token_adapter"):
+        return head, getattr(head, "weight", None)
+    rows = head.token_adapter
+    base = rows.get_base_layer()
+    return base, base.weight if rows.disable_adapters else rows.get_merged_weights(rows.active_adapters)
 
 
 def inputs_of(micro: MicroBatch) -> dict[str, Any]:

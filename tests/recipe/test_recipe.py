@@ -68,6 +68,7 @@ def test_a_minimal_recipe_has_the_defaults_of_the_design(here: Path) -> None:
             "init": "default",
             "targets": "all-linear",
             "target_parameters": (),
+            "train_tokens": (),
             "rank_pattern": {},
             "alpha_pattern": {},
             "train_also": (),
