@@ -6,6 +6,7 @@ left out. What a cell is, and how it runs, is in matrix.py.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -32,6 +33,7 @@ from tests.adapters.matrix import (
     INNER,
     KINDS,
     RANK,
+    STEPS,
     VARIANTS,
     VOCABULARY,
     Attached,
@@ -349,6 +351,52 @@ def test_merged_is_attached(cell: Cell, shared: Shared, tmp_path: Path) -> None:
         alone = model(input_ids=IDS, use_cache=False).logits
     assert apart(attached, alone) <= 1e-5 * scale(attached)
     assert merged.parity.largest_effect > 0.1
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=marks(Cell(name, "linear", "fp32"))) for name in VARIANTS]
+)
+def test_a_run_of_the_command_line(variant: str, write_recipe, cli, tiny: Path, tmp_path: Path) -> None:
+    """All that a run adds to a cell, with the fast paths on: params.json is what count-params says, a run
+    that stopped ends with the same bytes, and what it wrote is evaluated."""
+    cell = Cell(variant, "linear", "fp32")
+    recipe = write_recipe(
+        adapter=cell.section,
+        data={"train": str(tiny / "train.jsonl"), "eval": str(tiny / "eval.jsonl"), "max_length": 128},
+        optimizer={"lr": VARIANTS[variant].lr},
+        training={"max_steps": STEPS, "batch_size": 4, "precision": "fp32"},
+        checkpoint={"every": 2, "keep": 9},
+    )
+    run = tmp_path / "run"
+    code, _, err = cli("train", recipe)
+    assert code == 0, err
+    params = json.loads((run / "params.json").read_text())
+    _, out, _ = cli("count-params", recipe, "--json")
+    counted = json.loads(out)
+    if cell.method != "lora-drop":
+        assert (counted["trainable"], counted["total"]) == (params["trainable"], params["total"])
+    assert sum(module["trainable"] for module in params["modules"]) == params["trainable"]
+
+    stopped = Path(shutil.copytree(run, tmp_path / "stopped"))
+    record = json.loads((stopped / "run.json").read_text())
+    (stopped / "run.json").write_text(json.dumps(record | {"status": "interrupted"}))
+    code, _, err = cli("train", recipe, "--resume", "step-000002", "--output", stopped)
+    assert code == 0, err
+    product = "model/model" if cell.method == "full" else "adapter/adapter_model"
+    last = [f"checkpoints/step-{STEPS:06d}/{part}" for part in ("adapter_model", "optimizer")]
+    for name in (product, *last):
+        assert (stopped / f"{name}.safetensors").read_bytes() == (run / f"{name}.safetensors").read_bytes()
+
+    code, out, err = cli("eval", run, "--json")
+    assert code == 0, err
+    found = json.loads(out)["model" if cell.method == "full" else "adapter"]["loss"]
+    record = json.loads((run / "run.json").read_text())
+    assert found == pytest.approx(record["best_loss"], rel=1e-5)
+    assert found < 0.9 * record["base_eval_loss"]
 
 
 # ------------------------------------------------------------------------------------------------------------
