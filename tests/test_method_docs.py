@@ -3,20 +3,41 @@ costs as they were measured."""
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import Qwen3MoeConfig
 
 from lorakit.adapters import METHODS
 from lorakit.plan import make_plan
 from lorakit.recipe import load_recipe
 from lorakit.recipe.methods import TRAITS, Lora, Traits
 from lorakit.recipe.optimizer import LORA_PLUS, AdamW
+from tests import architectures
 from tests.conftest import ROOT, load_script, metrics
 
 RECIPES = sorted((ROOT / "recipes" / "methods").glob("*.yaml"))
 README = (ROOT / "README.md").read_text()
+
+QUICKSTART = ROOT / "recipes" / "quickstart"
+# Qwen3-30B-A3B as it is published: 30,532,122,624 parameters.
+QWEN3_MOE = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "tie_word_embeddings": False,
+}
+MIXTURE = {"lora-experts"}  # the others train the quickstart's model
 
 table = load_script("make_method_table")
 
@@ -40,32 +61,76 @@ def test_every_method_has_a_recipe() -> None:
     assert shown == set(METHODS)
 
 
+OFFLINE = [path for path in RECIPES if path.stem not in MIXTURE]
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_says_what_it_is_for_and_what_not_and_is_planned(path: Path, cli) -> None:
+def test_a_header_says_what_it_is_for_and_what_not(path: Path) -> None:
     said = header(path)
     for word in ("For: ", "Not for: ", "Cost beside LoRA's: ", "Measured: ", "Source: "):
         assert said.count(word) == 1, word
     assert "@" not in said
-    recipe = load_recipe(path)
-    found = TRAITS[recipe.adapter.method].source
+    found = TRAITS[load_recipe(path).adapter.method].source
     assert path.stem in ("lora-plus", "rslora") or found.removeprefix("arXiv ") in said
+
+
+@pytest.mark.parametrize("path", OFFLINE, ids=lambda path: path.stem)
+def test_a_recipe_is_planned(path: Path, cli) -> None:
+    recipe, said = load_recipe(path), header(path)
     code, out, err = cli("count-params", path, "--json")
     assert code == 0, err
     params = json.loads(out)
     assert params["trainable"] > 0
+    assert params["adapter_bytes"]["float32"] == 4 * params["trainable"]
     told = re.search(r"with ([\d,]+) trained parameters", said)
     if told and "lora-drop" not in path.stem:  # what that keeps depends on the data
         assert params["trainable"] == int(told[1].replace(",", ""))
     assert make_plan(recipe, num_samples=400, decisions={}).total_steps == 125
 
 
+def test_experts_are_counted_by_hand(cli, tmp_path: Path) -> None:
+    """E rank (in + out) for either parameter of the experts, and the attention."""
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_MOE))
+    path = ROOT / "recipes" / "methods" / "lora-experts.yaml"
+    code, out, err = cli("count-params", path, "--set", f"model.path={tmp_path}", "--json")
+    assert code == 0, err
+    experts = 48 * 128 * 4 * ((2048 + 2 * 768) + (768 + 2048))
+    attention = 48 * 4 * (2 * (2048 + 4096) + 2 * (2048 + 512))
+    params = json.loads(out)
+    assert params["trainable"] == experts + attention
+    assert params["total"] - params["trainable"] == 30_532_122_624
+    assert f"{experts / 1e6:.0f}M" in header(path) and f"{attention / 1e6:.1f}M" in header(path)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", OFFLINE, ids=lambda path: path.stem)
 def test_a_recipe_trains(path: Path, cli, tmp_path: Path) -> None:
     run = tmp_path / "run"
     code, _, err = cli("train", path, "--set", "training.max_steps=20", "--output", run)
     assert code == 0, err
     losses = [line["eval_loss"] for line in metrics(run) if "eval_loss" in line]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.slow
+def test_the_recipe_of_a_mixture_trains(cli, tmp_path: Path) -> None:
+    """On one that is made here, with the quickstart's tokenizer and data."""
+    shutil.copytree(QUICKSTART / "model", tmp_path / "model")
+    vocabulary = json.loads((tmp_path / "model" / "config.json").read_text())["vocab_size"]
+    small = {"hidden_size": 32, "moe_intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 8}
+    small |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2}
+    config = Qwen3MoeConfig(**small, intermediate_size=48, vocab_size=vocabulary)
+    architectures.build(config).save_pretrained(tmp_path / "model")
+    data = [
+        f"data.{key}={QUICKSTART / file}"
+        for key, file in (("train", "train.jsonl"), ("eval", "held_out.jsonl"))
+    ]
+    values = [*data, f"model.path={tmp_path / 'model'}", "training.max_steps=20", "data.max_length=384"]
+    settings = [word for value in [*values, "optimizer.lr=1e-2"] for word in ("--set", value)]
+    path = ROOT / "recipes" / "methods" / "lora-experts.yaml"
+    code, _, err = cli("train", path, *settings, "--output", tmp_path / "run")
+    assert code == 0, err
+    losses = [line["eval_loss"] for line in metrics(tmp_path / "run") if "eval_loss" in line]
     assert losses[-1] < losses[0]
 
 
@@ -147,6 +212,7 @@ def test_every_method_is_in_the_benchmark_with_a_recipe_that_is_valid(
 ) -> None:
     every = bench.contestants()
     assert next(iter(every)) == "lora"
+    assert len(every) == len(OFFLINE)
     assert {sections["adapter"]["method"] for sections in every.values()} == set(METHODS)
     made = {"model": str(tiny / "model"), "rows": str(tiny)}
     for name, sections in every.items():
