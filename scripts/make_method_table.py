@@ -58,7 +58,7 @@ def newest_costs() -> dict[str, Any] | None:
 
 def method_table(costs: dict[str, Any] | None) -> str:
     """The table of the README, markers and all."""
-    columns = ["`method`", "a layer computes", "trained per layer", "what it is good for", "refuses", "source"]
+    columns = ["`method`", "a layer computes", "trained per layer", "good for", "refuses", "source"]
     if costs:
         columns[3:3] = ["step", "memory"]
     lines = [BEGIN, f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]

@@ -370,7 +370,7 @@ TRAITS: dict[str, Traits] = {
     "peft": Traits(
         PeftTuner,
         "as PEFT's `type` says",
-        "OFT, IA3, LoHa, ...: PEFT's layers in lorakit's loop, saved and merged as PEFT does",
+        "OFT, IA3, LoHa, ...: PEFT's layers in lorakit's loop, saved as PEFT saves; a type may refuse more",
         "PEFT",
         None,
         no_lr_ratio=_PAIR + "lorakit does not know which parameters of {} are B: delete it",
