@@ -161,11 +161,14 @@ def announce(
 def disk_needed(recipe: Recipe, params: dict[str, Any]) -> int:
     """Bytes of the checkpoints that are kept, one more while it is staged, and what was trained: all fp32.
 
-    A checkpoint holds weights, AdamW's two moments, and what the method itself remembers.
+    A checkpoint holds weights, AdamW's two moments, and what the method itself remembers. What was trained is
+    the model, or plain LoRA, in which every layer has an A and a B, Delta-LoRA two of each.
     """
-    each = TRAITS[recipe.adapter.method].checkpoint_bytes
-    written: int = params["total"] if recipe.adapter.method == "full" else params["trainable"]
-    moving: int = params["trainable"]
+    method, moving = recipe.adapter.method, params["trainable"]
+    each = TRAITS[method].checkpoint_bytes
+    factors = sum(module["rank"] * (module["in"] + module["out"]) for module in params["modules"])
+    plain = max(moving, factors * (2 if method == "delta-lora" else 1))
+    written: int = params["total"] if method == "full" else plain
     return (recipe.checkpoint.keep + 1) * each * moving + 8 * written + (1 << 20)
 
 

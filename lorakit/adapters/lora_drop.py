@@ -6,13 +6,13 @@ A probe trains plain LoRA, y = W x + s B A x, on a sample of the data. Layer i i
 
 what its adapter adds to its own output. From the largest I_i downwards, the layers whose I sum up to
 `threshold` keep an adapter of their own; of the others, those of one kind (same last name, same sides) share
-A and B. All adapters go back to where they were drawn, and training begins. Source: Zhou et al. 2024, arXiv
-2402.07721, sections 3.2 and 3.3.
+A and B. All adapters go back to where they were drawn, and training begins: with a threshold of 1 it is LoRA,
+bit for bit. Source: Zhou et al. 2024, arXiv 2402.07721.
 
-What differs from the paper: every adapted matrix is a layer of its own, while the paper compares blocks, and
-so the rest shares one adapter per kind of matrix instead of one in all. The sample is drawn at random (the
-paper draws the same share of every class, which text has not). PEFT has no such method; its layers compute
-this one when they are given the same A and B.
+What is decided here: every adapted matrix is a layer of its own, and so there is a shared adapter per kind of
+matrix, because A and B must fit. The sample is drawn at random; the paper takes the same share of every
+class, which text has not. PEFT has no such method; its layers compute this one when they are given the same A
+and B. In the file every layer has a copy, so that it is no smaller than LoRA's.
 
 A is (rank, in), B is (out, rank).
 """
