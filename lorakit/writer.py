@@ -164,9 +164,9 @@ def disk_needed(recipe: Recipe, params: dict[str, Any]) -> int:
     A checkpoint holds weights, AdamW's two moments, and what the method itself remembers. What was trained is
     the model, or plain LoRA, in which every layer has an A and a B, Delta-LoRA two of each.
     """
-    method, moving = recipe.adapter.method, params["trainable"]
-    each = TRAITS[method].checkpoint_bytes
-    factors = sum(module["rank"] * (module["in"] + module["out"]) for module in params["modules"])
+    method = recipe.adapter.method
+    each, moving = TRAITS[method].checkpoint_bytes, int(params["trainable"])
+    factors: int = sum(module["rank"] * (module["in"] + module["out"]) for module in params["modules"])
     plain = max(moving, factors * (2 if method == "delta-lora" else 1))
     written: int = params["total"] if method == "full" else plain
     return (recipe.checkpoint.keep + 1) * each * moving + 8 * written + (1 << 20)
