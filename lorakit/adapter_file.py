@@ -132,31 +132,51 @@ class AdapterFile:
         return float(value)
 
 
-def read(folder: Path) -> AdapterFile:
-    """The adapter in a directory, from its configuration and the header of its weights.
+def kind_of(folder: Path) -> str:
+    """What PEFT calls the tuner of the adapter in `folder`."""
+    kind = read_json(folder / "adapter_config.json").get("peft_type", "LORA")
+    if not isinstance(kind, str):
+        raise LorakitError(f"{folder / 'adapter_config.json'}: peft_type: expected text, got {kind!r}")
+    return kind
 
-    Raises: LorakitError when a file is missing or damaged, and for adapters other than LoRA.
-    """
-    config = read_json(folder / "adapter_config.json")
-    kind = config.get("peft_type", "LORA")
-    if kind != "LORA":
-        raise LorakitError(f"{folder}: an adapter of the kind {kind}; only LoRA is counted from its file")
+
+def weights_of(folder: Path) -> Path:
+    """The file of its weights. Raises: LorakitError when there is none that is safe to read."""
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
         pickled = (folder / "adapter_model.bin").is_file()
         why = " (adapter_model.bin is a pickle, which can run code: lorakit does not read it)"
         raise LorakitError(f"{folder}: no adapter_model.safetensors{why if pickled else ''}")
-    adapted: dict[str, dict[str, Shape]] = {}
-    whole: dict[str, dict[str, Shape]] = {}
-    rows: dict[str, Shape] = {}
-    ends = tuple(config.get("modules_to_save") or ())  # PEFT: "norm" is also the end of "input_layernorm"
+    return file
+
+
+def shapes_of(folder: Path) -> dict[str, Shape]:
+    """Name in the file of weights -> shape, from its header."""
+    file, found = weights_of(folder), {}
     for key, tensor in header(file).items():
         if key == "__metadata__":
             continue
         shape = tensor.get("shape") if isinstance(tensor, dict) else None
         if not isinstance(shape, list) or not all(type(size) is int for size in shape):
             raise LorakitError(f"{file}: damaged safetensors header: {key} has no shape")
-        shape, name = tuple(shape), key.removeprefix("base_model.model.")
+        found[key] = tuple(shape)
+    return found
+
+
+def read(folder: Path) -> AdapterFile:
+    """The adapter in a directory, from its configuration and the header of its weights.
+
+    Raises: LorakitError when a file is missing or damaged, and for adapters other than LoRA.
+    """
+    config = read_json(folder / "adapter_config.json")
+    if (kind := kind_of(folder)) != "LORA":
+        raise LorakitError(f"{folder}: an adapter of the kind {kind}, where only LoRA can be taken")
+    adapted: dict[str, dict[str, Shape]] = {}
+    whole: dict[str, dict[str, Shape]] = {}
+    rows: dict[str, Shape] = {}
+    ends = tuple(config.get("modules_to_save") or ())  # PEFT: "norm" is also the end of "input_layernorm"
+    for key, shape in shapes_of(folder).items():
+        name = key.removeprefix("base_model.model.")
         layer, found, rest = name.partition(".lora_")
         if found:
             adapted.setdefault(layer, {})[f"lora_{rest.partition('.')[0]}"] = shape

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit import model_files
-from lorakit.adapter_file import AdapterFile, read
+from lorakit.adapter_file import AdapterFile, kind_of, read
 from lorakit.errors import LorakitError, RecipeError
 from lorakit.plan import check_kind_of_start, check_start, choose_targets
 from lorakit.recipe import Recipe, default_recipe, is_hub_id, load_recipe
@@ -228,6 +228,8 @@ def _is_end(layer: Layer, head: Layer | None) -> bool:
 
 
 def _of_adapter(folder: Path, base: str | Path | None) -> Count:
+    if (kind := kind_of(folder)) != "LORA":
+        return _of_tuner_file(folder, kind, base)
     saved = read(folder)
     home = _base_of(saved, base)
     shapes = model_files.shapes(home)
@@ -235,6 +237,24 @@ def _of_adapter(folder: Path, base: str | Path | None) -> Count:
     words = f"{folder}: {saved.method}, rank {', '.join(map(str, ranks))}"
     about = (("model", f"{home}: {shapes.num_parameters:,} parameters"), ("adapter", words))
     return Count(_params(_in_order(_entries_of(saved, shapes), shapes), shapes.num_parameters), about)
+
+
+def _of_tuner_file(folder: Path, kind: str, base: str | Path | None) -> Count:
+    """What PEFT says was trained, with the sizes that the file's header has."""
+    from lorakit.adapters.tuner_files import count_file
+    from lorakit.layers import model_on_meta
+
+    home = _base_of(AdapterFile(folder, model_files.read_json(folder / "adapter_config.json"), {}, {}), base)
+    shapes = model_files.shapes(home)
+    layers, entries = {layer.name: layer for layer in shapes.layers}, []
+    for name, trained in count_file(folder, model_on_meta(home), shapes.layers).items():
+        if layer := layers.get(name):
+            entries.append(_entry(name, layer.in_features, layer.out_features, 0, trained) | {"tuner": kind})
+        else:  # trained whole, or a tensor that all layers share
+            inside = [shape for key, shape in shapes.parameters.items() if key.startswith(f"{name}.")]
+            entries.append(_whole_entry(name, inside or [(trained,)]))
+    about = (("model", f"{home}: {shapes.num_parameters:,} parameters"), ("adapter", f"{folder}: {kind}"))
+    return Count(_params(_in_order(entries, shapes), shapes.num_parameters), about)
 
 
 def _entries_of(saved: AdapterFile, shapes: Shapes) -> list[Entry]:

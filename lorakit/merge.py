@@ -145,7 +145,8 @@ def _merge(
     told = _name(everywhere) if everywhere else f"the base's own dtype ({_name(coarsest)})"
     trained_on = saved.provenance.get("base", {}).get("fingerprint", opened.base.fingerprint)
     other = "" if trained_on == opened.base.fingerprint else str(opened.folder)
-    return Merged(output, len(opened.contents.changes), size, told, parity, other)
+    layers = {name.removesuffix(".bias").removesuffix(".weight") for name in opened.contents.changes}
+    return Merged(output, len(layers), size, told, parity, other)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorakit.saved import Opened
 from lorakit.targets import modules_above
@@ -50,13 +50,15 @@ def different_tensor(opened: Opened, merged: Any, dtypes: dict[str, torch.dtype]
     all others.
     """
     layers = {n: m for n, m in opened.base.model.named_modules() if isinstance(m, BaseTunerLayer)}
-    owners = {_weight_of(name, layer): layer for name, layer in layers.items()}
+    owners = {f"{_plain(name)}.{part}": layer for name, layer in layers.items() for part in _parts_of(layer)}
     before, written = _plain_names(opened.base.model, layers), merged.state_dict()
     if odd := sorted(before.keys() ^ written.keys()):
         return f"{odd[0]} is in one of the two only"
     for name, base in track(before.items(), "comparing tensors", total=len(before)):
         layer = owners.get(name)
-        value, order = (base.float(), 0.0) if layer is None else _by_peft(layer, base.float())
+        value, order = (
+            (base.float(), 0.0) if layer is None else _by_peft(layer, name.rpartition(".")[2], base.float())
+        )
         if value.shape != written[name].shape:
             return f"{name} has another shape"
         kind = dtypes.get(name, others)
@@ -87,23 +89,40 @@ def _plain(name: str) -> str:
     return re.sub(r"(\.(base_layer|token_adapter))+(?=\.|$)", "", name)
 
 
-def _weight_of(name: str, layer: Any) -> str:
-    """The parameter that the wrapper `name` adapts."""
-    return f"{_plain(name)}.{getattr(layer, 'parameter_name', 'weight')}"
+def _parts_of(layer: Any) -> tuple[str, ...]:
+    """The parameters that a wrapper adapts: of LoRA's and its kin's one; others may change the bias too."""
+    if isinstance(layer, LoraLayer):
+        return (getattr(layer, "parameter_name", "weight"),)
+    return "weight", "bias"
 
 
-def _by_peft(layer: Any, base: Tensor) -> tuple[Tensor, Tensor | float]:
-    """(the weight of a layer as PEFT merges it, in fp32; how far the order of its additions may move that).
-
-    The update is a sum of products, which PEFT and the merge may add up in another order.
-    """
-    if isinstance(layer, LoraLayer) and not layer.lora_variant:
+def _by_peft(layer: Any, part: str, base: Tensor) -> tuple[Tensor, Tensor | float]:
+    """(a parameter of a layer with its adapter as PEFT has it, in fp32; how far the order of additions may
+    move that)."""
+    if not isinstance(layer, LoraLayer):
+        value = _by_forward(layer)[part]
+        return value, 1e-5 * float(value.abs().max())
+    if not layer.lora_variant:
         update = layer.get_delta_weight("default").float()
         return base + update, 1e-5 * float(update.abs().max())
     merged = copy.deepcopy(layer)
     merged.merge(safe_merge=True)
     value = merged.get_base_layer().weight.float()
     return value, 1e-5 * float((value - base).abs().max()) + 1e-6 * value.abs()
+
+
+def _by_forward(layer: Any) -> dict[str, Tensor]:
+    """Weight and bias of the matrix that a layer and its adapter are together: what they answer to the unit
+    vectors and to zero. The merge of a tuner asks PEFT's merge(), this its forward()."""
+    base = layer.get_base_layer()
+    if isinstance(base, nn.Embedding):
+        return {"weight": layer(torch.arange(base.num_embeddings))}
+    stored_by_row = isinstance(base, nn.Linear)  # a Conv1D stores (in, out)
+    inside = base.weight.shape[1 if stored_by_row else 0]
+    zero = layer(torch.zeros(1, inside))[0]
+    rows = [layer(part) - zero for part in torch.eye(inside).split(1024)]  # (in, out)
+    weight = torch.cat(rows)
+    return {"weight": weight.T if stored_by_row else weight, "bias": zero}
 
 
 # ------------------------------------------------------------------------------------------------------------

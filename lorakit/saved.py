@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lorakit import base_model, model_files, runs
+from lorakit.adapter_file import kind_of
 from lorakit.adapters import Adapter, attach, lora_files
 from lorakit.base_model import Base
 from lorakit.devices import autocast_for
@@ -220,17 +221,18 @@ def open_saved(saved: Saved, base: str | None, device: torch.device, exact: bool
 
 def attach_saved(saved: Saved, base: Base) -> tuple[Adapter, lora_files.Contents]:
     """The adapter's file on the base."""
+    ours = dict(base.model.state_dict())
+    if kind_of(saved.folder) != "LORA":
+        from lorakit.adapters.tuner_files import read_tuner  # PEFT's classes, all of them
+
+        tuner, contents = read_tuner(saved.folder, base.model, base.layers)
+        _check_copies(saved.folder, contents, ours)
+        base.model.requires_grad_(False)
+        return tuner, contents
     contents = lora_files.read_adapter(saved.folder, base.layers)
     if not contents.factors:
         raise LorakitError(f"{saved.folder}: it adapts no layer", "Give the directory of a LoRA.")
-    ours = base.model.state_dict()
-    for name, theirs in contents.copies.items():
-        same = name in ours and theirs.shape == ours[name].shape
-        if not (same and torch.allclose(theirs.to(ours[name]), ours[name], rtol=1e-2, atol=1e-3)):
-            raise LorakitError(
-                f"{saved.folder}: it holds another {name} than this base",
-                f"Give the base it was trained on, {_SAY_BASE}; PEFT itself merges new embeddings.",
-            )
+    _check_copies(saved.folder, contents, ours)
     scaling: Any = contents.scaling
     section = Dora(method="dora", scaling=scaling) if contents.method == "dora" else Lora(scaling=scaling)
     also, tokens = contents.train_also, contents.tokens
@@ -238,6 +240,17 @@ def attach_saved(saved: Saved, base: Base) -> tuple[Adapter, lora_files.Contents
     adapter.load_state(contents.tensors)
     base.model.requires_grad_(False)
     return adapter, contents
+
+
+def _check_copies(folder: Path, contents: lora_files.Contents, ours: Mapping[str, Tensor]) -> None:
+    """Raises: LorakitError where the adapter's file holds other weights than the base, `ours`."""
+    for name, theirs in contents.copies.items():
+        same = name in ours and theirs.shape == ours[name].shape
+        if not (same and torch.allclose(theirs.to(ours[name]), ours[name], rtol=1e-2, atol=1e-3)):
+            raise LorakitError(
+                f"{folder}: it holds another {name} than this base",
+                f"Give the base it was trained on, {_SAY_BASE}; PEFT itself merges new embeddings.",
+            )
 
 
 @torch.no_grad()

@@ -48,12 +48,13 @@ class PeftTunerAdapter(Adapter):
         """
         self.targets, self.tuner = tuple(targets), section.type
         of_base = {id(parameter) for parameter in model.parameters()}
-        config = _config(section, self.targets, train_also) if config is None else config
+        told = _config(section, self.targets, train_also) if config is None else config
         torch.manual_seed(seed)
         with _told(self.tuner), warnings.catch_warnings(record=True) as noticed:
             warnings.simplefilter("always")
-            self.peft: PeftModel = get_peft_model(model, config)
-        _judge(noticed, section.config)
+            self.peft: PeftModel = get_peft_model(model, told)
+        if config is None:
+            _judge(noticed, section.config)
         found = tuner_layers(model)
         if odd := sorted(found.keys() ^ {target.layer.name for target in targets}) if targets else []:
             raise LorakitError(f"adapter: {self.tuner} and adapter.targets differ in {odd[0]}")
