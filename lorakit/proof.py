@@ -56,9 +56,8 @@ def different_tensor(opened: Opened, merged: Any, dtypes: dict[str, torch.dtype]
         return f"{odd[0]} is in one of the two only"
     for name, base in track(before.items(), "comparing tensors", total=len(before)):
         layer = owners.get(name)
-        value, order = (
-            (base.float(), 0.0) if layer is None else _by_peft(layer, name.rpartition(".")[2], base.float())
-        )
+        part = name.rpartition(".")[2]
+        value, order = (base.float(), 0.0) if layer is None else _by_peft(layer, part, base.float())
         if value.shape != written[name].shape:
             return f"{name} has another shape"
         kind = dtypes.get(name, others)

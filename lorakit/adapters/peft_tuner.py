@@ -50,7 +50,11 @@ class PeftTunerAdapter(Adapter):
         of_base = {id(parameter) for parameter in model.parameters()}
         told = _config(section, self.targets, train_also) if config is None else config
         torch.manual_seed(seed)
-        with _told(self.tuner), warnings.catch_warnings(record=True) as noticed:
+        shaped = any(parameter.is_meta for parameter in model.parameters())
+        with (
+            _told(self.tuner, "before the weights are there" if shaped else "here"),
+            warnings.catch_warnings(record=True) as noticed,
+        ):
             warnings.simplefilter("always")
             self.peft: PeftModel = get_peft_model(model, told)
         if config is None:
@@ -127,14 +131,14 @@ _OTHER_LAYERS = "Change adapter.config or adapter.targets, or choose another ada
 
 
 @contextmanager
-def _told(kind: str) -> Iterator[None]:
+def _told(kind: str, where: str = "here") -> Iterator[None]:
     """Raises: LorakitError in place of what PEFT raises where the tuner `kind` cannot do something."""
     try:
         yield
     except Exception as error:
         if out_of_memory(error):
             raise
-        message = f"adapter: PEFT's {kind} does not go here: {first_line(error)}"
+        message = f"adapter: PEFT's {kind} does not go {where}: {first_line(error)}"
         raise LorakitError(message, _OTHER_LAYERS) from None
 
 

@@ -41,9 +41,7 @@ def attach_file(folder: Path, model: Any, layers: tuple[Layer, ...]) -> PeftTune
     """
     kind, file = kind_of(folder), folder / "adapter_config.json"
     if kind in REFUSED and kind not in _READ_ONLY:
-        raise LorakitError(
-            f"{folder}: an adapter of the kind {kind}, which lorakit does not run: {REFUSED[kind]}"
-        )
+        raise LorakitError(f"{folder}: lorakit does not run the kind {kind}: {REFUSED[kind]}")
     try:
         known = {item.name for item in fields(config_class(kind))}
         told = read_json(file)
@@ -81,7 +79,8 @@ def read_tuner(folder: Path, model: Any, layers: tuple[Layer, ...]) -> tuple[Pef
     try:
         set_peft_model_state_dict(adapter.peft, dict(own))
     except (RuntimeError, KeyError) as error:
-        raise LorakitError(f"{folder} does not fit this model: {first_line(error)}") from None
+        last = str(error).strip().splitlines()[-1].strip()  # torch's first line says only that there are some
+        raise LorakitError(f"{folder} does not fit this model: {last}") from None
     ours = adapter.state()
     for name in sorted(ours.keys() | own.keys()):
         if name not in own or name not in ours:
@@ -110,14 +109,17 @@ def count_file(folder: Path, model: Any, layers: tuple[Layer, ...]) -> dict[str,
     """
     adapter, shapes = attach_file(folder, model, layers), shapes_of(folder)
     adapted = {target.layer.name for target in adapter.targets}
+    if lacking := sorted(adapter.state().keys() - shapes.keys()):
+        raise LorakitError(f"{folder} does not fit this model: the file lacks {lacking[0]}")
     found: dict[str, int] = {}
     for item in adapter.trained():
+        if ".ranknum." in item.name:  # AdaLoRA's, a constant: moved anywhere, PEFT's layer calls it trained
+            continue
         name = item.name.replace(".modules_to_save.default", "")
-        key = PREFIX + name.replace(".default", "")
-        if key not in shapes:
-            raise LorakitError(f"{folder} does not fit this model: the file lacks {key}")
+        key = PREFIX + name.replace(".default", "")  # of what layers share, the file has a name of its own
+        size = prod(shapes.get(key, tuple(item.parameter.shape)))
         owner = next((above for above in modules_above(name) if above in adapted), name.rpartition(".")[0])
-        found[owner] = found.get(owner, 0) + prod(shapes[key])
+        found[owner] = found.get(owner, 0) + size
     return found
 
 
