@@ -231,7 +231,7 @@ def _of_adapter(folder: Path, base: str | Path | None) -> Count:
     if (kind := kind_of(folder)) != "LORA":
         return _of_tuner_file(folder, kind, base)
     saved = read(folder)
-    home = _base_of(saved, base)
+    home = _base_of(folder, saved.config, base)
     shapes = model_files.shapes(home)
     ranks = sorted({target.rank for target in saved.targets(shapes.layers)})
     words = f"{folder}: {saved.method}, rank {', '.join(map(str, ranks))}"
@@ -244,7 +244,7 @@ def _of_tuner_file(folder: Path, kind: str, base: str | Path | None) -> Count:
     from lorakit.adapters.tuner_files import count_file
     from lorakit.layers import model_on_meta
 
-    home = _base_of(AdapterFile(folder, model_files.read_json(folder / "adapter_config.json"), {}, {}), base)
+    home = _base_of(folder, model_files.read_json(folder / "adapter_config.json"), base)
     shapes = model_files.shapes(home)
     layers, entries = {layer.name: layer for layer in shapes.layers}, []
     for name, trained in count_file(folder, model_on_meta(home), shapes.layers).items():
@@ -271,7 +271,7 @@ def _entries_of(saved: AdapterFile, shapes: Shapes) -> list[Entry]:
     return adapted + whole + _of_rows(saved.rows(shapes.layers), shapes)
 
 
-def _base_of(saved: AdapterFile, base: str | Path | None) -> Path:
+def _base_of(folder: Path, config: Mapping[str, Any], base: str | Path | None) -> Path:
     """The directory of the model that an adapter belongs to; never fetched from anywhere.
 
     Raises: LorakitError when it is neither given nor where the adapter says.
@@ -283,19 +283,19 @@ def _base_of(saved: AdapterFile, base: str | Path | None) -> Path:
         if not (path / "config.json").is_file():
             raise LorakitError(f"--base: {path} is no model directory: it has no config.json")
         return path
-    lorakit = saved.folder / "lorakit.json"
+    lorakit = folder / "lorakit.json"
     record = model_files.read_json(lorakit).get("base") if lorakit.is_file() else None
     own = record if isinstance(record, dict) else {}
-    name = own.get("path") or saved.config.get("base_model_name_or_path")
+    name = own.get("path") or config.get("base_model_name_or_path")
     if isinstance(name, str) and name:
         if (Path(name) / "config.json").is_file():
             return Path(name)
-        revision = own.get("revision") or saved.config.get("revision")
+        revision = own.get("revision") or config.get("revision")
         if is_hub_id(name) and (cached := model_files.cached_config(name, revision)):
             return cached.parent
     raise LorakitError(
-        f"{saved.folder}: its base model is not on this machine: {name or 'it does not say which'}",
-        f"Name it (config.json is enough): lorakit count-params {saved.folder} --base PATH",
+        f"{folder}: its base model is not on this machine: {name or 'it does not say which'}",
+        f"Name it (config.json is enough): lorakit count-params {folder} --base PATH",
     )
 
 

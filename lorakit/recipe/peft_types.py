@@ -22,7 +22,7 @@ REFUSED = {
     "ADALORA": "lorakit has it: write method: adalora",
     "VERA": "lorakit has it: write method: vera",
     "LN_TUNING": "lorakit trains norms itself: write method: full with train_only: [norm]",
-    "TRAINABLE_TOKENS": "it adapts no layer, it trains rows of the embedding",
+    "TRAINABLE_TOKENS": "it adapts no layer: write method: lora with train_tokens",
     "ADAMSS": "it clusters weights by scikit-learn and moves ranks by a callback of transformers' Trainer",
     "ADAPTION_PROMPT": _PROMPT,
     "CARTRIDGE": _PROMPT,
