@@ -99,7 +99,8 @@ def parameters_markdown(params: dict[str, Any]) -> str:
         line = f"| {m['name']} | {m['in']:,} | {m['out']:,} | {rank} |{initial} {m['trainable']:,} |"
         own = "shared" if m["name"] in lent else "own"
         whose = f"that of {m['shared_with']}" if "shared_with" in m else own
-        lines.append(line + (f" {m.get('importance', 0):.4f} | {whose} |" if judged else ""))
+        share = f" {m['importance']:.4f} | {whose} |" if "importance" in m else "  |  |"
+        lines.append(line + (share if judged else ""))
     if rank_cells(params):
         lines += ["", f"![Ranks, layer by module]({RANKS})"]
     if changes:
