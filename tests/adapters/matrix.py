@@ -69,10 +69,15 @@ IA3 = {
     for kind, names in (("linear", ["down_proj"]), ("conv1d", ["mlp.c_proj"]), ("embedding", []))
 }
 
+# Of the embedding itself two rows alone, with a layer adapted elsewhere; GPT-2's head shares them.
+TOKENS: dict[str, dict[str, Any]] = {kind: {"train_tokens": [5, 7]} for kind in KINDS}
+TOKENS["embedding"]["targets"] = ["v_proj"]
+
 VARIANTS = {
     "lora": Variant({"method": "lora", "rank": RANK}),
     "lora rank-stabilized": Variant({"method": "lora", "rank": RANK, "scaling": "rank_stabilized"}),
     "lora patterns": Variant({"method": "lora", "rank": RANK}, PATTERNS),
+    "lora tokens": Variant({"method": "lora", "rank": RANK}, TOKENS),
     "dora": Variant({"method": "dora", "rank": RANK}),
     "lora-fa": Variant({"method": "lora-fa", "rank": RANK}),
     "lora-fa projected": Variant({"method": "lora-fa", "rank": RANK, "projected": True}),
@@ -236,7 +241,9 @@ class Attached:
         self.plain = copied(self.model.state_dict())
         self.num_base = num_parameters(self.model, self.base.layers)
         self.base_logits = self.logits()
-        self.adapter: Adapter = prepare.attach_adapter(self.recipe, self.base, STEPS)
+        self.adapter: Adapter = prepare.attach_adapter(
+            self.recipe, self.base, STEPS, tokens=cell.section.get("train_tokens", ())
+        )
         self.objective: Any = tasks.Objective(self.model, tasks.build(self.recipe.task))
         self.lines: list[dict[str, Any]] = []
         self.moved: set[str] = set()

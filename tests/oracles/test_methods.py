@@ -81,6 +81,7 @@ HELD: dict[str, tuple[str, str]] = {  # oracle -> (file below tests/, beginning 
     "O15": ("adapters/test_lora_fa.py", "test_o15"),
     "O16": (_DELTA, "test_o16"),
     "O17": (_DELTA, "test_o17"),
+    "O18": ("adapters/test_dora.py", "test_o18"),
     "O19 masked for good": (_ADALORA, "test_what_is_taken_away_stays_away"),
     "O19 the scale": (_ADALORA, "test_the_scale_stays_that_of_the_initial_rank"),
     "O25": (_HERE, "test_o25"),
@@ -96,7 +97,6 @@ HELD: dict[str, tuple[str, str]] = {  # oracle -> (file below tests/, beginning 
 }
 LATER = {  # what today's code has nothing of
     "C12": "EVA",
-    "O18": "the next part of DoRA",
     "O11": "sums of adapters",
     "O20-O22": "Sophia",
     "O23": "LoftQ",
