@@ -173,7 +173,7 @@ def test_only_the_declared_parameters_move(cell: Cell, shared: Shared) -> None:
     assert apart(run.final_logits, run.base_logits) > 0.02 * scale(run.base_logits)
     assert all(parameter.dtype == torch.float32 for parameter in run.declared.values())
 
-    now = {re.sub(r"\.(base_layer|original_module)\.", ".", name): t for name, t in state.items()}
+    now = {re.sub(r"\.(token_adapter\.)?base_layer\.", ".", name): t for name, t in state.items()}
     assert run.plain.keys() <= now.keys()
     frozen = {
         n: t for n, t in run.plain.items() if cell.method != "full" or now[n].data_ptr() not in declared
@@ -338,9 +338,8 @@ def test_what_was_saved_is_what_was_trained(cell: Cell, reader: str, shared: Sha
     run = shared.trained(cell)
     found = read[str(cell)][reader == "others"]
     assert not isinstance(found, str), found
-    limit = (
-        1e-5 if cell.base != "bf16" else 0.03
-    )  # a whole model is rounded to bf16, an export has one rounding more
+    # In bf16 an export is rounded once more than its factors were, and a whole model is rounded to its files.
+    limit = 0.03 if cell.base == "bf16" else 1e-5
     assert apart(found, run.final_logits) <= limit * scale(run.final_logits)
 
 
