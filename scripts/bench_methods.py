@@ -1,11 +1,13 @@
 """What every method costs beside LoRA of the same rank: time of a step, memory, bytes on the disk.
 
     python scripts/bench_methods.py [--only NAME,...] [--turns 3] [--steps 10] [--work DIR] [--json FILE]
+                                    [--quick]
 
 Contestants are the recipes in recipes/methods/, each with its own `adapter` section and lr_ratio, on a Llama
 of random weights and rows of 256 tokens (bench_rivals/workload.py makes both). Each run is `lorakit train` in
 a process of its own; the methods take turns, LoRA first, and what is compared is of the same turn. Run it on
-a machine that does nothing else: a line says so where others used more than a twentieth of it.
+a machine that does nothing else: a line says so where others used more than a twentieth of it. --quick takes
+a model so small that nothing is measured, and shows that all of them run.
 
 step       seconds of a step, mean over those after the first two, what a method does every few steps among
            them; a probe before step 0 is not
@@ -43,7 +45,20 @@ CORES = len(os.sched_getaffinity(0))
 NOT_COUNTED = 2  # first steps, left out of what is steady
 QUIET = 0.05  # of the processors, used by other processes
 LONGEST_RUN = 300.0  # seconds
-SETTING = Setting("methods", rows=160, shortest=256, longest=256, batch_size=8, layers=4, vocabulary=8192)
+SETTING = Setting("methods", rows=120, shortest=256, longest=256, batch_size=6, layers=4, vocabulary=8192)
+QUICK = Setting(
+    "quick",
+    rows=16,
+    shortest=16,
+    longest=16,
+    batch_size=2,
+    hidden=64,
+    intermediate=96,
+    layers=2,
+    heads=2,
+    kv_heads=2,
+    vocabulary=512,
+)
 QUANTITIES = ("step_s", "peak_bytes", "trained", "adapter_bytes", "checkpoint_bytes")
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
 Run = dict[str, Any]
@@ -58,7 +73,7 @@ def contestants() -> dict[str, Run]:
     return {name: {key: found[name][key] for key in ("adapter", "optimizer")} for name in names}
 
 
-def recipe_of(sections: Run, made: dict[str, str], steps: int, output: Path) -> Run:
+def recipe_of(sections: Run, made: dict[str, str], setting: Setting, steps: int, output: Path) -> Run:
     """A method's recipe on the benchmark's model and rows. The learning rate is one that harms none: it has
     no part in what is measured."""
     ratio = sections["optimizer"].get("lr_ratio")
@@ -67,7 +82,7 @@ def recipe_of(sections: Run, made: dict[str, str], steps: int, output: Path) -> 
         "adapter": sections["adapter"],
         "data": {"train": str(Path(made["rows"]) / "rows.jsonl"), "format": "prompt-completion"},
         "optimizer": {"lr": 1e-4} | ({} if ratio is None else {"lr_ratio": ratio}),
-        "training": {"max_steps": steps, "batch_size": SETTING.batch_size},
+        "training": {"max_steps": steps, "batch_size": setting.batch_size},
         "checkpoint": {"every": steps},
         "log": {"every": 1},
         "output": str(output),
@@ -113,7 +128,7 @@ def measured(run: Path) -> Run:
     """What the files of a finished run say of its cost."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     seconds = [line["seconds"] for line in lines if "loss" in line]
-    (checkpoint,) = (run / "checkpoints").iterdir()
+    checkpoint = max((run / "checkpoints").iterdir())  # a probe leaves one before step 0
     weights = [file for name in ("adapter", "model") for file in (run / name).glob("*.safetensors")]
     return {
         "step_s": (seconds[-1] - seconds[NOT_COUNTED - 1]) / (len(seconds) - NOT_COUNTED),
@@ -164,20 +179,23 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "bench_methods")
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / f"bench_methods-{today}.json")
+    parser.add_argument("--quick", action="store_true", help="a model so small that nothing is measured")
     parser.add_argument("--make", action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
+    setting = QUICK if chosen.quick else SETTING
     if chosen.make:
-        print(json.dumps(workload.make(SETTING, chosen.work / "made", "cpu")))
+        print(json.dumps(workload.make(setting, chosen.work / "made", "cpu")))
         return
     every = contestants()
     names = [name for name in every if not chosen.only or name in ("lora", *chosen.only.split(","))]
     # In a process of its own: a child's peak memory begins at its parent's, which is to stay small.
-    made = json.loads(subprocess.check_output([sys.executable, __file__, "--make", "--work", chosen.work]))
+    make = [sys.executable, __file__, "--make", "--work", chosen.work, *(["--quick"] if chosen.quick else [])]
+    made = json.loads(subprocess.check_output(make))
     runs: list[Run] = []
     for turn in range(chosen.turns):
         for name in names:
             folder = chosen.work / name
-            cost = train(recipe_of(every[name], made, chosen.steps, folder / "run"), folder)
+            cost = train(recipe_of(every[name], made, setting, chosen.steps, folder / "run"), folder)
             runs.append({"method": name, "turn": turn} | cost)
             print(
                 f"turn {turn + 1}, {name}: {cost['step_s'] * 1e3:,.0f} ms a step", file=sys.stderr, flush=True
@@ -189,7 +207,7 @@ def main() -> None:
         "versions": {package: version(package).partition("+")[0] for package in PACKAGES},
         "turns": chosen.turns,
         "steps": chosen.steps,
-        "setting": {key: value for key, value in vars(SETTING).items() if key != "name"},
+        "setting": {key: value for key, value in vars(setting).items() if key != "name"},
     }
     found = summary(runs)
     result = {

@@ -4,6 +4,8 @@ costs as they were measured."""
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +175,8 @@ def test_a_formula_keeps_its_brackets() -> None:
 def test_every_statement_on_the_evidence_has_its_number_in_the_defaults() -> None:
     """The third column of "What the primers say" against the grammar's defaults."""
     section = README.split("### What the primers say")[1].split("\n## ")[0]
+    for oracle in re.findall(r"`(test_o\d\d)`", section):
+        assert f"def {oracle}_" in (ROOT / "tests" / "oracles" / "test_methods.py").read_text()
     adapter, optimizer = Lora(), AdamW()
     for default in ("rank: 16", "targets: all-linear", "dropout: 0.0", "alpha: auto"):
         assert f"`{default}`" in section
@@ -217,9 +221,24 @@ def test_every_method_is_in_the_benchmark_with_a_recipe_that_is_valid(
     made = {"model": str(tiny / "model"), "rows": str(tiny)}
     for name, sections in every.items():
         (tmp_path / f"{name}.yaml").write_text(
-            json.dumps(bench.recipe_of(sections, made, 12, tmp_path / name))
+            json.dumps(bench.recipe_of(sections, made, bench.QUICK, 12, tmp_path / name))
         )
         load_recipe(tmp_path / f"{name}.yaml")
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs_every_method(bench: Any, tmp_path: Path) -> None:
+    file = tmp_path / "costs.json"
+    words = ["--quick", "--turns", "1", "--steps", "3", "--work", tmp_path / "work", "--json", file]
+    command = [sys.executable, ROOT / "scripts" / "bench_methods.py", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(file.read_text())["summary"]
+    assert set(found) == set(bench.contestants())
+    for method, line in found.items():
+        assert all(line[quantity] > 0 for quantity in bench.QUANTITIES), method
+    assert found["lora-fa"]["trained"] < found["lora"]["trained"] < found["dora"]["trained"]
+    assert found["full"]["checkpoint_bytes"] > found["lora"]["checkpoint_bytes"]
 
 
 def test_a_cost_is_told_with_its_file_and_versions() -> None:
