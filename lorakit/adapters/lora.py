@@ -17,7 +17,8 @@ base: PEFT's are rounded to the base's dtype, by which step 0 is another model. 
 
 Experts of a mixture that are one 3-D parameter have an A and a B each. PEFT adds scale * B A to the parameter
 for the time of each forward pass, so all of its experts are computed with, and in its dtype: beside a bf16
-base what an update adds is rounded to bf16 with the weight, and the gradient of the whole parameter exists
+base what an update adds is rounded to bf16 with the weight (an update of 0.2 % of the weight is off by 60 %
+of itself, one of 1.7 % by 10 %; model.dtype: fp32 keeps it), and the gradient of the whole parameter exists
 for a moment. Rows of the input embedding, and of a head that shares them, are PEFT's trainable tokens: the
 row itself is trained, not what is added to it; the table is copied once per forward pass.
 """

@@ -196,6 +196,25 @@ def test_peft_and_lorakit_read_the_file(name: str, patterns: Any, tmp_path: Path
         assert contents.changes[item.target.layer.name](torch.zeros_like(own)).shape == own.shape
 
 
+def test_a_bf16_base_rounds_small_updates_of_experts() -> None:
+    """What LoraAdapter's docstring warns of: PEFT adds the update to the weight in the weight's dtype."""
+    off = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = built("mixtral").to(dtype)
+        draw = torch.Generator().manual_seed(1)
+        for item in attached(model, names=()).trained():
+            item.parameter.data = torch.randn(item.parameter.shape, generator=draw) * 0.01
+        wrapper = model.model.layers[0].mlp.experts.base_layer
+        experts = wrapper.get_base_layer()
+        base, update = experts.gate_up_proj.detach().clone(), wrapper.get_delta_weight("default").float()
+        with wrapper._activate_lora(["default"]):
+            moved = experts.gate_up_proj.float() - base.float()
+        assert 1e-3 < update.norm() / base.float().norm() < 3e-3
+        off[dtype] = ((moved - update).norm() / update.norm()).item()
+    assert off[torch.float32] < 1e-4
+    assert 0.4 < off[torch.bfloat16] < 0.8
+
+
 def test_params_json_counts_every_expert() -> None:
     model = built("mixtral")
     found = parameters(attached(model), 1000)["modules"]
