@@ -89,7 +89,7 @@ VARIANTS = {
     "full": Variant({"method": "full"}),
     "full in part": Variant({"method": "full"}, {kind: {"train_only": MOVING[kind]} for kind in KINDS}),
     "peft OFT": Variant({"method": "peft", "type": "OFT", "config": {"r": RANK, "oft_block_size": 0}}),
-    "peft IA3": Variant({"method": "peft", "type": "IA3"}, IA3),
+    "peft IA3": Variant({"method": "peft", "type": "IA3"}, IA3, lr=0.1),
 }
 
 
