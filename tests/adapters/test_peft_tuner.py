@@ -88,13 +88,13 @@ def section(kind: str, model: str = "llama", **more: Any) -> PeftTuner:
 
 
 def attached(
-    kind: str, name: str = "llama", train_also: tuple[str, ...] = (), **more: Any
+    kind: str, name: str = "llama", train_also: tuple[str, ...] = (), seed: int = 5, **more: Any
 ) -> tuple[Any, Any]:
     model = base(name)
     layers, problems = select(layers_of(model)[0], "all-linear")
     assert not problems
     targets = [Target(layer, 0, 0.0) for layer in layers]
-    return model, attach(section(kind, name, **more), model, targets, seed=5, train_also=train_also)
+    return model, attach(section(kind, name, **more), model, targets, seed=seed, train_also=train_also)
 
 
 def step(model: Any, adapter: Any, times: int = 2) -> None:
@@ -153,7 +153,7 @@ def test_a_type_trains_saves_and_is_loaded_by_peft_or_is_refused(
     loaded = PeftModel.from_pretrained(base(name), tmp_path).eval()
     assert torch.allclose(logits(loaded), after, atol=1e-6)
 
-    again, other = attached(kind, name)  # what a checkpoint holds is all that is needed
+    again, other = attached(kind, name, seed=6)  # what a checkpoint holds is all that is needed
     step(again, other, times=1)
     other.load_state({key: tensor.clone() for key, tensor in adapter.state().items()})
     assert torch.equal(logits(again), after)
@@ -163,11 +163,13 @@ def test_a_type_trains_saves_and_is_loaded_by_peft_or_is_refused(
 def test_a_base_in_bf16_trains_fp32_parameters(kind: str) -> None:
     model = base("llama").bfloat16()
     layers, _ = select(layers_of(model)[0], "all-linear")
-    adapter = attach(section(kind), model, [Target(layer, 0, 0.0) for layer in layers], seed=5)
+    targets = [Target(layer, 0, 0.0) for layer in layers]
+    adapter = attach(section(kind), model, targets, seed=5, train_also=["model.norm"])
     adapter.try_out(model, lambda: torch.autocast("cpu", torch.bfloat16))
     assert all(item.parameter.dtype == torch.float32 for item in adapter.trained())
     assert {p.dtype for n, p in model.named_parameters() if ".base_layer." in n} == {torch.bfloat16}
-    assert [item.name for item in adapter.trained()] == [item.name for item in attached(kind)[1].trained()]
+    in_fp32 = attached(kind, train_also=("model.norm",))[1].trained()
+    assert [item.name for item in adapter.trained()] == [item.name for item in in_fp32]
 
 
 @pytest.mark.parametrize("kind", sorted(REFUSED))
@@ -243,6 +245,14 @@ def test_counts_are_the_closed_forms(name: str, oft: int | None, ia3: int) -> No
         if wanted is not None:
             _, adapter = attached(kind, name)
             assert sum(item.parameter.numel() for item in adapter.trained()) == wanted
+
+
+def test_the_start_is_a_function_of_the_seed() -> None:
+    one, other = attached("HIRA")[1].state(), attached("HIRA", seed=6)[1].state()
+    torch.rand(3)
+    again = attached("HIRA")[1].state()
+    assert all(torch.equal(tensor, again[key]) for key, tensor in one.items())
+    assert not all(torch.equal(tensor, other[key]) for key, tensor in one.items())
 
 
 def test_vectors_do_not_decay_and_matrices_do() -> None:
