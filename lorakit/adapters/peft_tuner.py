@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
@@ -115,10 +115,8 @@ class PeftTunerAdapter(Adapter):
         }
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        ours = self.state()
         with torch.no_grad():
-            copy_into(tensors, ours, "the adapter")
-        set_peft_model_state_dict(self.peft, dict(tensors))  # what state() has no place in the model for
+            copy_into(tensors, self.state(), "the adapter")
 
     def config(self, base_name: str) -> dict[str, Any]:
         return config_as_json(self.peft.peft_config["default"], base_name)

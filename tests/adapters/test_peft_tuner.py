@@ -159,7 +159,10 @@ def test_a_type_trains_saves_and_is_loaded_by_peft_or_is_refused(
     assert torch.equal(logits(again), after)
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=() if kind in ("IA3", "OFT") else pytest.mark.slow) for kind in CONFIGS],
+)
 def test_a_base_in_bf16_trains_fp32_parameters(kind: str) -> None:
     model = base("llama").bfloat16()
     layers, _ = select(layers_of(model)[0], "all-linear")
