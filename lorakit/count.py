@@ -17,8 +17,8 @@ from lorakit.adapter_file import AdapterFile, kind_of, read
 from lorakit.errors import LorakitError, RecipeError
 from lorakit.plan import check_kind_of_start, check_start, choose_targets
 from lorakit.recipe import Recipe, default_recipe, is_hub_id, load_recipe
-from lorakit.recipe.methods import TRAITS
 from lorakit.recipe.model import Model
+from lorakit.recipe.traits import TRAITS
 from lorakit.shapes import Layer, Shapes
 from lorakit.targets import (
     QUANTIZED,

@@ -15,9 +15,9 @@ from lorakit.errors import Problem, RecipeError
 from lorakit.recipe import Recipe, peft_types
 from lorakit.recipe.adapter import NO_DROPOUT
 from lorakit.recipe.data import files_of, is_template, sources
-from lorakit.recipe.methods import TRAITS
 from lorakit.recipe.optimizer import LORA_PLUS
 from lorakit.recipe.task import TRAIN_ON
+from lorakit.recipe.traits import TRAITS
 from lorakit.shapes import Layer
 from lorakit.targets import Target, assign, select, select_experts
 

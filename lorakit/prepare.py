@@ -35,7 +35,7 @@ from lorakit.plan import (
     make_plan,
 )
 from lorakit.recipe import Recipe
-from lorakit.recipe.methods import TRAITS
+from lorakit.recipe.traits import TRAITS
 from lorakit.targets import Target, select_rows
 from lorakit.tasks import Objective
 from lorakit.terminal import say

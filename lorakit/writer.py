@@ -27,7 +27,7 @@ from lorakit.errors import LorakitError, RunError
 from lorakit.loop import NotFinite, TrainState
 from lorakit.plan import Plan
 from lorakit.recipe import Recipe, comparable, dump, fingerprint
-from lorakit.recipe.methods import TRAITS
+from lorakit.recipe.traits import TRAITS
 from lorakit.terminal import progress, say
 
 # ------------------------------------------------------------------------------------------------------------

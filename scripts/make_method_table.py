@@ -2,7 +2,7 @@
 
     python scripts/make_method_table.py [--check]
 
-The table comes from the registry (lorakit/recipe/methods.py: TRAITS): what a layer computes, what is said of
+The table comes from the registry (lorakit/recipe/traits.py: TRAITS): what a layer computes, what is said of
 it, the trained parameters of a layer as its formula spells them, what it refuses and why. The costs come from
 the newest docs/bench_methods-*.json (scripts/bench_methods.py). --check: write nothing, exit 1 where
 something is not as this script makes it.
@@ -15,12 +15,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lorakit.recipe.methods import TRAITS, Traits
+from lorakit.recipe.traits import TRAITS, Traits
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 RECIPES = ROOT / "recipes" / "methods"
-BEGIN = "<!-- made by scripts/make_method_table.py: change TRAITS in lorakit/recipe/methods.py -->"
+BEGIN = "<!-- made by scripts/make_method_table.py: change TRAITS in lorakit/recipe/traits.py -->"
 END = "<!-- end of what is made -->"
 COST = re.compile(r"^# Cost beside LoRA's: .*\n# \(.*\)\.\n", re.MULTILINE)
 KINDS = {"embedding": "embeddings", "quantized": "quantized bases"}

@@ -17,7 +17,7 @@ import pytest
 import transformers as hf
 
 import lorakit
-from lorakit.recipe.methods import TRAITS
+from lorakit.recipe.traits import TRAITS
 
 LLAMA_2_7B = {
     "model_type": "llama",

@@ -15,8 +15,9 @@ from transformers import Qwen3MoeConfig
 from lorakit.adapters import METHODS
 from lorakit.plan import make_plan
 from lorakit.recipe import load_recipe
-from lorakit.recipe.methods import TRAITS, Lora, Traits
+from lorakit.recipe.methods import Lora
 from lorakit.recipe.optimizer import LORA_PLUS, AdamW
+from lorakit.recipe.traits import TRAITS, Traits
 from tests import architectures
 from tests.conftest import ROOT, load_script, metrics
 

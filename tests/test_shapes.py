@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from lorakit.errors import LorakitError
 from lorakit.layers import shapes_on_meta
 from lorakit.model_files import shapes
-from lorakit.recipe.methods import TRAITS
+from lorakit.recipe.traits import TRAITS
 from lorakit.shapes import TABLE, Shapes, shapes_of
 from lorakit.targets import select
 

@@ -1,8 +1,8 @@
 """HOW weights move: one file per method, all with the same face (the Adapter protocol).
 
 A method knows its own section of the recipe and the layers it was given, and nothing of data, loops or files
-other than those of its adapter. To add one: its file here, its section and its traits in recipe/methods.py,
-one line in METHODS.
+other than those of its adapter. To add one: its file here, its section in recipe/methods.py, its traits in
+recipe/traits.py, one line in METHODS.
 """
 
 from collections.abc import Callable, Iterator

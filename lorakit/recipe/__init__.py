@@ -24,12 +24,13 @@ from lorakit.recipe import training as training_section
 from lorakit.recipe.adapter import Adapter
 from lorakit.recipe.data import Data
 from lorakit.recipe.explain import explain, key_of
-from lorakit.recipe.methods import TRAITS, Lora
+from lorakit.recipe.methods import Lora
 from lorakit.recipe.model import Model
 from lorakit.recipe.optimizer import AdamW, Optimizer, Schedule
 from lorakit.recipe.section import Section
 from lorakit.recipe.task import CausalLm, Task
 from lorakit.recipe.training import Checkpoint, Eval, Log, Training
+from lorakit.recipe.traits import TRAITS
 
 
 class Recipe(Section):

@@ -5,7 +5,6 @@ from typing import Annotated, Any
 from pydantic import Discriminator, Tag
 
 from lorakit.recipe.methods import (
-    TRAITS,
     AdaLora,
     DeltaLora,
     Dora,
@@ -19,6 +18,7 @@ from lorakit.recipe.methods import (
 )
 from lorakit.recipe.peft_types import problems_of
 from lorakit.recipe.section import Conflicts, Section, Written
+from lorakit.recipe.traits import TRAITS
 
 NO_DROPOUT = "their update is added to the weight before any input is seen; write 0"
 

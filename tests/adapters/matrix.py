@@ -32,7 +32,7 @@ from lorakit.devices import autocast_for, start_ranks
 from lorakit.layers import num_parameters
 from lorakit.probe import RunProbe
 from lorakit.recipe import Recipe, load_recipe, peft_types
-from lorakit.recipe.methods import TRAITS
+from lorakit.recipe.traits import TRAITS
 from tests.samples import made
 
 VOCABULARY, HIDDEN, INNER, RANK, STEPS = 64, 64, 128, 4, 6

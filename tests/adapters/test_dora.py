@@ -18,8 +18,9 @@ from lorakit.errors import LorakitError
 from lorakit.kernels import lora
 from lorakit.layers import layers_of
 from lorakit.optim import groups
-from lorakit.recipe.methods import TRAITS, Dora
+from lorakit.recipe.methods import Dora
 from lorakit.recipe.model import Model
+from lorakit.recipe.traits import TRAITS
 from lorakit.saved import matrix_of
 from lorakit.targets import assign, select
 from tests import architectures

@@ -16,7 +16,8 @@ from lorakit.adapters import Role, attach
 from lorakit.adapters.lora_fa import inverse_of
 from lorakit.kernels import lora
 from lorakit.layers import layers_of
-from lorakit.recipe.methods import TRAITS, Lora, LoraFa
+from lorakit.recipe.methods import Lora, LoraFa
+from lorakit.recipe.traits import TRAITS
 from lorakit.targets import assign, select
 from tests import architectures
 from tests.test_fast_runs import killed

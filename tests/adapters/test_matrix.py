@@ -25,7 +25,7 @@ from lorakit.adapters import METHODS
 from lorakit.count import count
 from lorakit.errors import LorakitError
 from lorakit.merge import merge
-from lorakit.recipe.methods import TRAITS
+from lorakit.recipe.traits import TRAITS
 from tests.adapters.matrix import (
     BASES,
     CELLS,

@@ -21,7 +21,8 @@ from lorakit.adapters import Role
 from lorakit.adapters.vera import VeraAdapter, projections
 from lorakit.errors import LorakitError
 from lorakit.layers import layers_of
-from lorakit.recipe.methods import TRAITS, Vera
+from lorakit.recipe.methods import Vera
+from lorakit.recipe.traits import TRAITS
 from lorakit.targets import Target, select
 from tests import architectures
 from tests.conftest import metrics

@@ -10,12 +10,13 @@ import pytest
 from lorakit.recipe import Recipe, json_schema
 from lorakit.recipe.adapter import METHOD_SECTIONS
 from lorakit.recipe.data import FORMAT_FIELDS, Data, Source
-from lorakit.recipe.methods import TRAITS, AdaLora, Full, Lora
+from lorakit.recipe.methods import AdaLora, Full, Lora
 from lorakit.recipe.model import Model
 from lorakit.recipe.optimizer import AdamW, Schedule
 from lorakit.recipe.section import Section
 from lorakit.recipe.task import CausalLm
 from lorakit.recipe.training import Checkpoint, Eval, Log, Training
+from lorakit.recipe.traits import TRAITS
 
 SECTIONS: list[type[Section]] = [
     Recipe,
