@@ -15,6 +15,7 @@ from lorakit.errors import Problem, RecipeError
 from lorakit.recipe import Recipe, peft_types
 from lorakit.recipe.adapter import NO_DROPOUT
 from lorakit.recipe.data import files_of, is_template, sources
+from lorakit.recipe.methods import auto_alpha
 from lorakit.recipe.optimizer import LORA_PLUS
 from lorakit.recipe.task import TRAIN_ON
 from lorakit.recipe.traits import TRAITS
@@ -132,6 +133,7 @@ def choose_targets(recipe: Recipe, layers: Sequence[Layer]) -> list[Target]:
     if not found:
         names = {layer.name for layer in (*chosen, *experts)}
         targets, faults = _assigned(section, [layer for layer in layers if layer.name in names])
+        faults += _without_effect(recipe, targets)
         found = [recipe.problem(field, message) for field, message in faults]
     if found:
         raise RecipeError(found)
@@ -143,6 +145,8 @@ def _assigned(section: Any, layers: Sequence[Layer]) -> tuple[list[Target], list
     if faults := _refused(section, layers):
         return [], faults
     alpha: Any = getattr(section, "alpha", "auto")
+    if alpha == "auto" and getattr(section, "scaling", "") == "rank_stabilized":
+        alpha, _ = auto_alpha(section)
     patterns = getattr(section, "rank_pattern", {}), getattr(section, "alpha_pattern", {})
     targets, faults = assign(layers, getattr(section, "rank", 0), alpha, *patterns)  # 0: PEFT's own tuners
     if TRAITS[section.method].any_rank:
@@ -160,6 +164,17 @@ def _refused(section: Any, layers: Sequence[Layer]) -> list[tuple[str, str]]:
     kind = "an embedding" if odd.kind == "embedding" else f"a {odd.kind} layer"
     message = f"{odd.name} is {kind}, which {tuner or section.method} cannot adapt: {refuses[odd.kind]}"
     return [("adapter.targets", message)]
+
+
+def _without_effect(recipe: Recipe, targets: Sequence[Target]) -> list[tuple[str, str]]:
+    """(field, message) of what is written but plays no part where every adapted layer is an embedding."""
+    if not targets or any(target.layer.kind != "embedding" for target in targets):
+        return []
+    why = {"dropout": "PEFT draws none for them", "init": "their A starts at zero, their B at N(0, 1)"}
+    written = [field for field in why if recipe.written(f"adapter.{field}") is not None]
+    return [
+        (f"adapter.{field}", f"has no effect on embeddings ({why[field]}); delete it") for field in written
+    ]
 
 
 def _narrow(section: Any, layers: Sequence[Layer]) -> list[tuple[str, str]]:
@@ -352,7 +367,7 @@ def make_plan(recipe: Recipe, num_samples: int, decisions: Decisions) -> Plan:
     adapter: Any = recipe.adapter
     if getattr(adapter, "alpha", None) == "auto" and not getattr(adapter, "rank_pattern", {}):
         taken_over = "alpha" in TRAITS[adapter.method].taken_over and adapter.start_from
-        alpha = Decision(2.0 * adapter.rank, "twice the rank")
+        alpha = Decision(*auto_alpha(adapter))
         decisions = decisions if taken_over else decisions | {"adapter.alpha": alpha}
     if recipe.optimizer.lr_ratio == "lora+":
         why = "LoRA+ where B starts at zero; larger for harder tasks, with a smaller optimizer.lr"

@@ -1,6 +1,8 @@
 """What targets select among the layers of a model, and which rank and alpha each of them gets."""
 
+import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -407,6 +409,28 @@ def test_a_rank_of_a_pattern_that_is_too_large_is_a_problem_of_the_pattern() -> 
 def test_the_line_keeps_the_patterns_that_the_recipe_has() -> None:
     _, problems = assign(ATTENTION, 32, "auto", {"q_proj": 2}, {})
     assert cure(problems[0][1]) == {"q_proj": 2, "k_proj": 16, "v_proj": 16}
+
+
+def test_options_that_embeddings_have_no_use_for_are_refused(write_recipe, cli) -> None:
+    section = {"targets": ["embed_tokens"], "dropout": 0.1, "init": "gaussian"}
+    code, out, _ = cli("validate", write_recipe(adapter=section))
+    assert code == 2
+    assert "adapter.dropout: has no effect on embeddings" in out
+    assert "adapter.init: has no effect on embeddings" in out
+    assert cli("validate", write_recipe(adapter=section | {"targets": ["embed_tokens", "q_proj"]}))[0] == 0
+
+
+@pytest.mark.parametrize("rank", [4, 16])
+def test_the_alpha_of_rslora_does_not_grow_with_the_rank(
+    rank: int, write_recipe, cli, tmp_path: Path
+) -> None:
+    """Its scale would, and with it what rsLoRA is for."""
+    section = {"rank": rank, "scaling": "rank_stabilized", "targets": ["q_proj"]}
+    code, _, err = cli("train", write_recipe(adapter=section, training={"max_steps": 1, "batch_size": 2}))
+    assert code == 0
+    assert "adapter.alpha: 16.0 (the same for every rank" in err
+    config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (rank, 16, True)
 
 
 def test_parameters_are_selected_by_name_by_module_and_by_the_name_they_share() -> None:

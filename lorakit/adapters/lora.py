@@ -6,8 +6,9 @@ zero, B at random. Sources: Hu et al. 2021, arXiv 2106.09685, equation 3; Kalajd
 2312.03732. What lorakit adds to PEFT: exact targets (its own presets adapt routers), and files in a fixed
 order.
 
-DoRA scales every row of W + scale * B A to the trained length m, which starts at that of W's row (Liu et al.
-2024, arXiv 2402.09353, equation 5; the length is held constant in the backward pass, section 4.3). With n =
+DoRA scales every row of W + scale * B A, what one output is made of, to the trained length m, which starts at
+that of W's row (Liu et al. 2024, arXiv 2402.09353, equation 5; the length is held constant in the backward
+pass, section 4.3). With n =
 |W + scale * B A| a layer computes, as PEFT does,
 
     y = W x + bias + (m / n - 1) W dropout(x) + m / n * scale * B A dropout(x),

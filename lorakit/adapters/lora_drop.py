@@ -6,7 +6,7 @@ A probe trains plain LoRA, y = W x + s B A x, on a sample of the data. Layer i i
 
 what its adapter adds to its own output. From the largest I_i downwards, the layers whose I sum up to
 `threshold` keep an adapter of their own; of the others, those of one kind (same last name, same sides) share
-A and B. All adapters go back to where they were drawn, and training begins: with a threshold of 1 it is LoRA,
+A and B. All adapters go back to where they were drawn, and training begins: where all are kept it is LoRA,
 bit for bit. Source: Zhou et al. 2024, arXiv 2402.07721.
 
 What is decided here: every adapted matrix is a layer of its own, and so there is a shared adapter per kind of

@@ -44,14 +44,15 @@ class _Product(_Layers):
     """Rank of the update of every adapted layer."""
 
     alpha: Literal["auto"] | Alpha = "auto"
-    """Numerator of the scale. auto: twice the rank of each layer, so that the scale is 2 everywhere
-    (standard)."""
+    """Numerator of the scale. auto: twice the rank of each layer, so that the scale is 2 everywhere; with
+    rank_stabilized 16, whatever the rank."""
 
     scaling: Literal["standard", "rank_stabilized"] = "standard"
     """standard: alpha / rank. rank_stabilized: alpha / sqrt(rank), arXiv 2312.03732."""
 
     init: Literal["default", "gaussian"] = "default"
-    """How A starts (B is zero). default: Kaiming-uniform; gaussian: N(0, 1/rank^2)."""
+    """How A starts (B is zero). default: Kaiming-uniform; gaussian: N(0, 1/rank^2). An embedding starts with
+    A at zero and B at N(0, 1)."""
 
 
 class _Factors(_Product):
@@ -87,7 +88,7 @@ class Lora(_Factors):
     trained too: "<|im_start|>" of a base model that never saw its chat marks."""
 
     dropout: Share = 0.0
-    """Share of the adapter's input features set to zero in training."""
+    """Share of the adapter's input features set to zero in training; embeddings have none."""
 
     start_from: str | None = None
     """Directory of an adapter to continue from, with a fresh optimizer; rank, alpha, targets come from it."""
@@ -101,7 +102,7 @@ class Dora(_Factors):
     """How the weights move."""
 
     dropout: Share = 0.0
-    """Share of the adapter's input features set to zero in training."""
+    """Share of the adapter's input features set to zero in training; embeddings have none."""
 
     start_from: str | None = None
     """Directory of a DoRA adapter to continue from, with a fresh optimizer. Rank, alpha and targets come from
@@ -141,7 +142,7 @@ class AdaLora(_Layers):
     """Numerator of the scale alpha / init_rank, which pruning does not change. auto: twice init_rank."""
 
     dropout: Share = 0.0
-    """Share of the adapter's input features set to zero in training."""
+    """Share of the adapter's input features set to zero in training; embeddings have none."""
 
     warmup: Share = 0.1
     """Share of the steps before anything is taken away."""
@@ -172,6 +173,13 @@ class AdaLora(_Layers):
         return self.init_rank
 
 
+def auto_alpha(section: Any) -> tuple[float, str]:
+    """(what alpha: auto is for a section, the reason)."""
+    if getattr(section, "scaling", "") == "rank_stabilized":  # scale 4 at rank 16, 2 at rank 64
+        return 16.0, "the same for every rank: the scale is alpha / sqrt(rank)"
+    return 2.0 * section.rank, "twice the rank"
+
+
 def phases(total_steps: int, warmup: float, final: float) -> tuple[int, int]:
     """(steps of AdaLoRA's warm-up, first step count at which the ranks are settled)."""
     return round(warmup * total_steps), total_steps - round(final * total_steps)
@@ -193,7 +201,7 @@ class Vera(_Layers):
     """What every entry of d starts at; b starts at zero."""
 
     dropout: Share = 0.0
-    """Share of the adapter's input features set to zero in training."""
+    """Share of the adapter's input features set to zero in training; embeddings have none."""
 
 
 class DeltaLora(_Factors):
@@ -223,7 +231,7 @@ class LoraDrop(_Product):
     """How the weights move."""
 
     dropout: Share = 0.0
-    """Share of the adapter's input features set to zero in training."""
+    """Share of the adapter's input features set to zero in training; embeddings have none."""
 
     threshold: Annotated[float, Field(gt=0, le=1)] = 0.9
     """Share of the importance that the layers with an adapter of their own make up."""

@@ -6,7 +6,8 @@ from pydantic import Field
 
 from lorakit.recipe.section import Conflicts, Section, Written
 
-LORA_PLUS = 4.0  # lr_ratio: lora+. Best were 4 to 8 (RoBERTa) and 2 to 4 (Llama 7B) where B starts at zero
+# lr_ratio: lora+. Where B starts at zero 4 to 8 (RoBERTa) and 2 to 4 (Llama 7B) are told to have been best.
+LORA_PLUS = 4.0
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 

@@ -68,7 +68,7 @@ TRAITS: dict[str, Traits] = {
     "lora-fa": Traits(
         LoraFa,
         "W + alpha/rank · B A, A as drawn",
-        "less to keep for the backward pass, for long rows in little memory; learns less at the same rank",
+        "keeps A x instead of x: little of the whole (PEFT measured 13.38 of 13.41 GiB); learns less",
         "arXiv 2308.03303",
         lambda inside, outside, rank: rank * outside,
         refuses={"embedding": "its A starts at zero, and a frozen A of zero never moves anything"},
