@@ -114,8 +114,8 @@ def _by_forward(layer: Any) -> dict[str, Tensor]:
     """Weight and bias of the matrix that a layer and its adapter are together: what they answer to the unit
     vectors and to zero. The merge of a tuner asks PEFT's merge(), this its forward()."""
     base = layer.get_base_layer()
-    if isinstance(base, nn.Embedding):
-        return {"weight": layer(torch.arange(base.num_embeddings))}
+    if isinstance(base, nn.Embedding):  # Gemma's multiplies what it looks up
+        return {"weight": layer(torch.arange(base.num_embeddings)) / getattr(base, "embed_scale", 1)}
     stored_by_row = isinstance(base, nn.Linear)  # a Conv1D stores (in, out)
     inside = base.weight.shape[1 if stored_by_row else 0]
     zero = layer(torch.zeros(1, inside))[0]
