@@ -19,16 +19,8 @@ from lorakit.plan import check_kind_of_start, check_start, choose_targets
 from lorakit.recipe import Recipe, default_recipe, is_hub_id, load_recipe
 from lorakit.recipe.model import Model
 from lorakit.recipe.traits import TRAITS
-from lorakit.shapes import Layer, Shapes
-from lorakit.targets import (
-    QUANTIZED,
-    TIED,
-    Target,
-    modules_above,
-    select_parameters,
-    select_rows,
-    select_whole,
-)
+from lorakit.shapes import Shapes
+from lorakit.targets import Target, modules_above, select_modules, select_parameters, select_rows
 
 Entry = dict[str, Any]  # one of params.json's modules
 
@@ -146,11 +138,11 @@ def _of_method(recipe: Recipe, shapes: Shapes, folder: Path) -> list[Entry]:
     """
     section: Any = recipe.adapter
     saved: AdapterFile | None = None
-    whole, problems = _whole_modules(shapes, section.train_also, recipe.model.quantize != "none")
+    whole, problems = select_modules(shapes, section.train_also, recipe.model.quantize != "none")
     if problems:
         raise RecipeError(recipe.problem("adapter.train_also", message) for message in problems)
     if getattr(section, "start_from", None) is None:
-        targets = choose_targets(recipe, shapes.layers)
+        targets = choose_targets(recipe, shapes.layers, whole)
     else:
         if odd := check_kind_of_start(recipe):
             raise RecipeError(odd)
@@ -198,29 +190,6 @@ def _of_rows(tokens: Mapping[str, Sequence[Any]], shapes: Shapes) -> list[Entry]
     """One entry per embedding of which some rows are trained."""
     widths = {layer.name: layer.out_features for layer in shapes.layers}
     return [_whole_entry(name, [(len(rows), widths[name])]) for name, rows in tokens.items()]
-
-
-def _whole_modules(shapes: Shapes, patterns: Sequence[str], quantized: bool) -> tuple[list[str], list[str]]:
-    """As layers.whole_modules finds them in the model itself."""
-    names = [name for parameter in shapes.parameters for name in modules_above(parameter)]
-    head = next((layer for layer in shapes.layers if layer.role == "head"), None)
-    names += [head.name] if head else []
-
-    def refusal(name: str) -> str:
-        inside = [layer for layer in shapes.layers if f"{layer.name}.".startswith(f"{name}.")]
-        if quantized and any(layer.kind in ("linear", "conv1d") and layer is not head for layer in inside):
-            return QUANTIZED
-        is_end = any(layer.name == name and _is_end(layer, head) for layer in inside)
-        return TIED if shapes.tied and is_end else ""
-
-    return select_whole(list(dict.fromkeys(names)), patterns, refusal)
-
-
-def _is_end(layer: Layer, head: Layer | None) -> bool:
-    """Whether a layer is the output head or the embedding of its vocabulary."""
-    return layer is head or (
-        head is not None and layer.kind == "embedding" and layer.in_features == head.out_features
-    )
 
 
 # ------------------------------------------------------------------------------------------------------------

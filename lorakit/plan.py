@@ -20,7 +20,7 @@ from lorakit.recipe.optimizer import LORA_PLUS
 from lorakit.recipe.task import TRAIN_ON
 from lorakit.recipe.traits import TRAITS
 from lorakit.shapes import Layer
-from lorakit.targets import Target, assign, select, select_experts
+from lorakit.targets import Target, assign, select, select_experts, twice
 
 
 @dataclass(frozen=True)
@@ -120,16 +120,19 @@ def check_kind_of_start(recipe: Recipe) -> list[Problem]:
     return [recipe.problem("adapter.start_from", message)]
 
 
-def choose_targets(recipe: Recipe, layers: Sequence[Layer]) -> list[Target]:
-    """The layers that the recipe adapts, each with rank and alpha.
+def choose_targets(recipe: Recipe, layers: Sequence[Layer], whole: Sequence[str] = ()) -> list[Target]:
+    """The layers that the recipe adapts, each with rank and alpha. `whole`: the modules that it trains whole.
 
-    Raises: RecipeError for targets and patterns that match nothing, and for ranks that do not fit.
+    Raises: RecipeError for targets and patterns that match nothing, for ranks that do not fit, and for a
+    layer that would be adapted and trained whole.
     """
     section: Any = recipe.adapter
     chosen, problems = select(layers, section.targets)
     found = [recipe.problem("adapter.targets", message) for message in problems]
     experts, problems = select_experts(layers, getattr(section, "target_parameters", ()))
     found += [recipe.problem("adapter.target_parameters", message) for message in problems]
+    if message := twice([*chosen, *experts], whole):
+        found.append(recipe.problem("adapter.train_also", message))
     if not found:
         names = {layer.name for layer in (*chosen, *experts)}
         targets, faults = _assigned(section, [layer for layer in layers if layer.name in names])

@@ -191,7 +191,7 @@ def attach_adapter(recipe: Recipe, base: Base, total_steps: int, tokens: Sequenc
     if problems:
         raise RecipeError(recipe.problem("adapter.train_also", message) for message in problems)
     if getattr(section, "start_from", None) is None:
-        targets = choose_targets(recipe, base.layers)
+        targets = choose_targets(recipe, base.layers, whole)
         moved = [*(target.layer.name for target in targets), *whole]
         tied = bool(base.config.get_text_config().tie_word_embeddings)
         _, problems = select_rows(base.layers, tokens, tied, moved)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lorakit.errors import did_you_mean
-from lorakit.shapes import Layer, embedding_of
+from lorakit.shapes import Layer, Shapes, embedding_of
 
 PRESETS = ("all-linear", "attention", "mlp")
 
@@ -111,7 +111,44 @@ def select_whole(
             problems.append(f'"{pattern}" matches no module with parameters')
         problems += [f"{name} {reason}" for name in found if (reason := refusal(name))]
         chosen += [name for name in found if name not in chosen]
-    return chosen, problems
+    # What lies in a module trained whole is trained with it.
+    return [name for name in chosen if not {*modules_above(name)} & {*chosen}], problems
+
+
+def select_modules(shapes: Shapes, patterns: Iterable[str], quantized: bool) -> tuple[list[str], list[str]]:
+    """select_whole over the modules of `shapes`: as layers.whole_modules finds them in the model itself."""
+    names = [name for parameter in shapes.parameters for name in modules_above(parameter)]
+    head = next((layer for layer in shapes.layers if layer.role == "head"), None)
+    names += [head.name] if head else []
+
+    def refusal(name: str) -> str:
+        inside = [layer for layer in shapes.layers if f"{layer.name}.".startswith(f"{name}.")]
+        if quantized and any(layer.kind in ("linear", "conv1d") and layer is not head for layer in inside):
+            return QUANTIZED
+        is_end = any(layer.name == name and _is_end(layer, head) for layer in inside)
+        return TIED if shapes.tied and is_end else ""
+
+    return select_whole(list(dict.fromkeys(names)), patterns, refusal)
+
+
+def _is_end(layer: Layer, head: Layer | None) -> bool:
+    """Whether a layer is the output head or the embedding of its vocabulary."""
+    return layer is head or (
+        head is not None and layer.kind == "embedding" and layer.in_features == head.out_features
+    )
+
+
+def twice(layers: Sequence[Layer], whole: Sequence[str]) -> str:
+    """Why the modules `whole` cannot be trained beside the adapted `layers`, or the empty string: the first
+    layer that is one of them or lies in one."""
+    for layer in layers:
+        for name in whole:
+            if f"{layer.name}.".startswith(f"{name}."):
+                field = "target_parameters" if layer.kind == "experts" else "targets"
+                around = "" if layer.name == name else f"in {name} "
+                adapted = f"{layer.name} {around}is adapted (adapter.{field})"
+                return f"{adapted} and cannot be trained whole too; leave it out of one of the two"
+    return ""
 
 
 def select_parameters(

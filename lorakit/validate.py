@@ -6,12 +6,14 @@ Not here: the grammar (recipe), and what only the loaded model or the tokens can
 import shlex
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from lorakit import model_files, shipped
 from lorakit.errors import LorakitError, Problem, RecipeError
 from lorakit.plan import check, choose_targets
 from lorakit.recipe import Recipe
-from lorakit.targets import select_parameters
+from lorakit.shapes import Shapes
+from lorakit.targets import select_modules, select_parameters, select_rows
 
 
 def problems_of(recipe: Recipe) -> list[Problem]:
@@ -37,12 +39,26 @@ def _of_targets(recipe: Recipe) -> tuple[Problem, ...]:
             _, found = select_parameters(shapes.parameters, section.train_only, shapes.aliases)
             return tuple(recipe.problem("adapter.train_only", message) for message in found)
         if shapes:
-            choose_targets(recipe, shapes.layers)
+            return _of_layers(recipe, shapes)
     except RecipeError as error:
         return error.problems
     except LorakitError as error:
         return (recipe.problem("model.path", error.message),)
     return ()
+
+
+def _of_layers(recipe: Recipe, shapes: Shapes) -> tuple[Problem, ...]:
+    """Of what is adapted and what is trained beside it."""
+    section: Any = recipe.adapter
+    whole, found = select_modules(shapes, section.train_also, recipe.model.quantize != "none")
+    problems = [recipe.problem("adapter.train_also", message) for message in found]
+    try:
+        targets = choose_targets(recipe, shapes.layers, () if problems else whole)
+    except RecipeError as error:
+        return (*problems, *error.problems)
+    moved = [*(target.layer.name for target in targets), *whole]
+    _, found = select_rows(shapes.layers, getattr(section, "train_tokens", ()), shapes.tied, moved)
+    return (*problems, *(recipe.problem("adapter.train_tokens", message) for message in found))
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -90,6 +90,39 @@ def test_validate_holds_targets_and_ranks_against_the_model(
     assert message in cli("train", recipe)[2]
 
 
+TWICE = "is adapted (adapter.targets) and cannot be trained whole too; leave it out of one of the two"
+
+
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        ({"train_also": ["0.self_attn.v_proj"]}, f"model.layers.0.self_attn.v_proj {TWICE}"),
+        ({"train_also": ["0.mlp"]}, f"model.layers.0.mlp.gate_proj in model.layers.0.mlp {TWICE}"),
+        (
+            {"method": "peft", "type": "OFT", "train_also": ["model"]},
+            f"adapter.train_also: model.layers.0.self_attn.q_proj in model {TWICE}",
+        ),
+        ({"targets": ["lm_head"], "train_also": ["lm_head"]}, f"adapter.train_also: lm_head {TWICE}"),
+        (
+            {"targets": ["q_proj"], "train_tokens": [1], "train_also": ["embed_tokens"]},
+            "adapter.train_tokens: model.embed_tokens is adapted or trained whole already",
+        ),
+    ],
+)
+def test_no_layer_is_both_adapted_and_trained_whole(
+    adapter: dict[str, object], message: str, cli, write_recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the model is loaded, in its counts, and in train of a model that the table does not know."""
+    recipe = write_recipe(adapter=adapter)
+    assert cli("validate", recipe)[0] == 2
+    assert message in cli("validate", recipe)[1]
+    monkeypatch.setattr("lorakit.validate.problems_of", lambda recipe: [])
+    for verb in ("count-params", "train"):
+        code, _, err = cli(verb, recipe)
+        assert code == 2
+        assert message in err
+
+
 def test_validate_leaves_a_model_that_it_cannot_know(cli, write_recipe, tiny: Path, tmp_path: Path) -> None:
     """Another type (nothing is built to find out), a hub model, targets that come from elsewhere."""
     wrong = {"targets": ["q_prj"]}

@@ -268,6 +268,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "attention": {"targets": "attention", "rank": 2, "scaling": "rank_stabilized"},
     "embeddings": {"targets": ["embed_tokens", "lm_head", "v_proj"], "rank": 2},
     "train_also": {"targets": ["q_proj"], "rank": 2, "train_also": ["norm", "input_layernorm", "mlp"]},
+    "one in the other": {"targets": ["q_proj"], "rank": 2, "train_also": ["up_proj", "mlp"]},
     "full": {"method": "full"},
     "part": {"method": "full", "train_only": ["norm", r"model\.layers\.1\..*", "lm_head"]},
     "adalora": {"method": "adalora", "init_rank": 4, "target_rank": 2, "train_also": ["norm"]},

@@ -9,7 +9,16 @@ import pytest
 import yaml
 
 from lorakit.shapes import Layer
-from lorakit.targets import PRESETS, assign, bad_pattern, is_attention, matches, select, select_parameters
+from lorakit.targets import (
+    PRESETS,
+    assign,
+    bad_pattern,
+    is_attention,
+    matches,
+    select,
+    select_parameters,
+    twice,
+)
 
 
 def layer(name: str, inside: int = 64, outside: int = 64, **more: Any) -> Layer:
@@ -431,6 +440,15 @@ def test_the_alpha_of_rslora_does_not_grow_with_the_rank(
     assert "adapter.alpha: 16.0 (the same for every rank" in err
     config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (rank, 16, True)
+
+
+def test_a_module_around_adapted_experts_is_not_trained_whole() -> None:
+    experts = layer("model.layers.1.mlp.experts.down_proj", kind="experts")
+    assert twice([experts], ["model.layers.1.mlp.gate", "model.layers.10", "model.norm"]) == ""
+    message = (
+        "model.layers.1.mlp.experts.down_proj in model.layers.1.mlp is adapted (adapter.target_parameters)"
+    )
+    assert twice([layer("model.head"), experts], ["model.layers.1.mlp"]).startswith(message)
 
 
 def test_parameters_are_selected_by_name_by_module_and_by_the_name_they_share() -> None:
