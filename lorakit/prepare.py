@@ -35,6 +35,7 @@ from lorakit.plan import (
     make_plan,
 )
 from lorakit.recipe import Recipe
+from lorakit.recipe.adapter import too_few_steps
 from lorakit.recipe.traits import TRAITS
 from lorakit.targets import Target, select_rows
 from lorakit.tasks import Objective
@@ -64,6 +65,9 @@ def prepare(recipe: Recipe, record: dict[str, Any], ranks: Accelerator) -> Prepa
     tokenizer = load_tokenizer(folder, recipe.model, recipe.data.chat_template)
     tokens = tokens_of(recipe, tokenizer)
     rows, held_out = load_rows(recipe, tokenizer)
+    total_steps = count_steps(recipe, rows.tokens.num_draws)
+    if few := [recipe.problem(*found) for found in too_few_steps(recipe.adapter, total_steps)]:
+        raise RecipeError(few)
 
     hardware = hardware_of(ranks.device)
     decisions = {name: Decision(**d) for name, d in record.get("decisions", {}).items()}
@@ -73,7 +77,7 @@ def prepare(recipe: Recipe, record: dict[str, Any], ranks: Accelerator) -> Prepa
     base = load_base(recipe, folder, tokenizer, decisions["model.dtype"].value, ranks.device)
     data.check_context(base.config.to_dict(), base.layers, rows, held_out)
     num_base = num_parameters(base.model, base.layers)
-    adapter = attach_adapter(recipe, base, count_steps(recipe, rows.tokens.num_draws), tokens)
+    adapter = attach_adapter(recipe, base, total_steps, tokens)
     autocast = autocast_for(precision, ranks.device)
     adapter.try_out(base.model, autocast)
 

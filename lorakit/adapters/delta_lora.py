@@ -34,26 +34,10 @@ from torch import Tensor, nn
 from lorakit.adapters import Adapter, Role, Trained, copy_into
 from lorakit.adapters.lora import LoraAdapter
 from lorakit.adapters.lora_files import write_plain
-from lorakit.errors import LorakitError
-from lorakit.recipe.methods import DeltaLora
+from lorakit.recipe.methods import DeltaLora, first_step
 from lorakit.targets import Target
 
 _NOW, _BEFORE = "default", "before"  # of PEFT's layers: the adapter of B A, and that of B_K A_K
-
-
-def first_step(start: float, total_steps: int) -> int:
-    """K: steps before W begins to follow. `start`: below 1 a share of `total_steps`, from 1 a number of
-    steps.
-
-    Raises: LorakitError where no step is left.
-    """
-    steps = start if isinstance(start, int) else round(start * total_steps)
-    if steps >= total_steps:
-        raise LorakitError(
-            f"adapter.start: W would begin to follow after {steps} steps, but the run has {total_steps}",
-            "Write a smaller adapter.start, or train for more steps.",
-        )
-    return steps
 
 
 class DeltaLoraAdapter(Adapter):
@@ -66,9 +50,8 @@ class DeltaLoraAdapter(Adapter):
         total_steps: int,
         train_also: Sequence[str] = (),
     ) -> None:
-        """Attaches in place: A and B start as LoRA's of the same seed. Raises: LorakitError for a start that
-        the run does not reach."""
-        self.start = first_step(section.start, total_steps)
+        """Attaches in place: A and B start as LoRA's of the same seed."""
+        self.start = first_step(total_steps, section.start)
         self.ratio, self.targets, self.train_also = section.delta_ratio, tuple(targets), list(train_also)
         self.lora = LoraAdapter(section, model, targets, seed, train_also)
         self.items = self.lora.trained()

@@ -14,6 +14,7 @@ from lorakit.recipe.methods import (
     LoraFa,
     PeftTuner,
     Vera,
+    first_step,
     phases,
 )
 from lorakit.recipe.peft_types import problems_of
@@ -58,18 +59,25 @@ def conflicts(recipe: Any, written: Written) -> Conflicts:
     if adapter.method == "full" and written("model.dtype") == "bf16":
         yield "model.dtype", "full fine-tuning updates fp32 weights (bf16 loses small updates); delete it"
     elif adapter.method == "adalora":
-        yield from _adalora_conflicts(adapter, recipe.training.max_steps, written)
+        yield from _adalora_conflicts(adapter, written)
     elif adapter.method == "lora-drop" and recipe.data.streaming:
         yield "data.streaming", "lora-drop needs rows to draw a sample from before step 0; a stream has none"
     elif adapter.method == "peft":
         yield from problems_of(adapter, recipe.model.quantize)
-    elif adapter.method == "delta-lora":
-        steps = recipe.training.max_steps
-        if isinstance(adapter.start, int) and steps is not None and adapter.start >= steps:
-            yield (
-                "adapter.start",
-                f"{adapter.start} steps before W follows do not fit into max_steps: {steps}",
-            )
+    if recipe.training.max_steps is not None:
+        yield from too_few_steps(adapter, recipe.training.max_steps)
+
+
+def too_few_steps(adapter: Any, steps: int) -> Conflicts:
+    """Where the schedule of a method does not fit into a run of `steps` steps."""
+    if adapter.method == "delta-lora" and (first := first_step(steps, adapter.start)) >= steps:
+        message = f"{first} steps before W follows do not fit into the {steps} steps of this run"
+        yield "adapter.start", message
+    if adapter.method == "adalora" and adapter.init_rank > adapter.target_rank:
+        start, settled = phases(steps, adapter.warmup, adapter.final)
+        if start >= settled and adapter.warmup + adapter.final < 1:
+            message = f"{steps} steps are too few for AdaLoRA's three phases: warm-up, pruning, final"
+            yield "training.max_steps", message
 
 
 def _lora_conflicts(adapter: Lora, written: Written) -> Conflicts:
@@ -81,7 +89,7 @@ def _lora_conflicts(adapter: Lora, written: Written) -> Conflicts:
         yield "adapter.dropout", f"experts cannot have it (target_parameters): {NO_DROPOUT}"
 
 
-def _adalora_conflicts(adapter: AdaLora, max_steps: int | None, written: Written) -> Conflicts:
+def _adalora_conflicts(adapter: AdaLora, written: Written) -> Conflicts:
     if adapter.target_rank > adapter.init_rank:
         field = "target_rank" if written("adapter.target_rank") is not None else "init_rank"
         message = f"target_rank {adapter.target_rank} is above init_rank {adapter.init_rank}: ranks only fall"
@@ -89,11 +97,6 @@ def _adalora_conflicts(adapter: AdaLora, max_steps: int | None, written: Written
     if adapter.warmup + adapter.final >= 1:
         field = "final" if written("adapter.final") is not None else "warmup"
         yield f"adapter.{field}", "warmup and final together leave no steps to decide on the ranks"
-    elif max_steps is not None and adapter.init_rank > adapter.target_rank:
-        start, settled = phases(max_steps, adapter.warmup, adapter.final)
-        if start >= settled:
-            message = f"{max_steps} steps are too few for AdaLoRA's three phases: warm-up, pruning, final"
-            yield "training.max_steps", message
     if adapter.target_rank == adapter.init_rank:
         for field in ("warmup", "final", "interval", "beta1", "beta2"):
             if written(f"adapter.{field}") is not None:

@@ -220,6 +220,12 @@ class DeltaLora(_Factors):
     """Steps before W begins to follow (K of the paper): below 1 a share of all, from 1 a number of steps."""
 
 
+def first_step(total_steps: int, start: float) -> int:
+    """K of Delta-LoRA: steps before W begins to follow. `start`: below 1 a share of `total_steps`, from 1 a
+    number of steps."""
+    return start if isinstance(start, int) else round(start * total_steps)
+
+
 class LoraDrop(_Product):
     """LoRA-drop: LoRA is first trained on a sample of the data; layers are ranked by the square of what their
     adapter adds to their output; those that make up `threshold` of the sum keep an adapter of their own, the

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.adapters import Role, attach
-from lorakit.adapters.delta_lora import first_step
 from lorakit.errors import LorakitError
 from lorakit.layers import layers_of
-from lorakit.recipe.methods import DeltaLora, Lora
+from lorakit.recipe.methods import DeltaLora, Lora, first_step
 from lorakit.shapes import Layer
 from lorakit.targets import Target, assign, select
 from tests import architectures
@@ -292,10 +291,34 @@ def test_step_0_is_the_base_and_the_state_brings_all_of_it_back() -> None:
 
 
 def test_the_step_at_which_w_begins_to_follow() -> None:
-    assert [first_step(start, 10) for start in (0, 0.0, 1, 3, 0.25, 0.3, 9)] == [0, 0, 1, 3, 2, 3, 9]
-    for start in (10, 11, 0.96):
-        with pytest.raises(LorakitError, match="the run has 10"):
-            first_step(start, 10)
+    assert [first_step(10, start) for start in (0, 0.0, 1, 3, 0.25, 0.3, 9)] == [0, 0, 1, 3, 2, 3, 9]
+
+
+@pytest.mark.parametrize("steps", [{"max_steps": 3}, {"epochs": 1, "batch_size": 1000}])
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        (
+            {"method": "delta-lora", "start": 0.9},
+            "adapter.start: {0} steps before W follows do not fit into the {0} steps of this run",
+        ),
+        (
+            {"method": "adalora", "warmup": 0.3, "final": 0.6},
+            "training.max_steps: {0} steps are too few for AdaLoRA's three phases",
+        ),
+    ],
+)
+def test_a_schedule_without_steps_is_told_before_the_model_is_loaded(
+    adapter: dict[str, Any], message: str, steps: dict[str, int], write_recipe: Any, cli: Any
+) -> None:
+    """In the recipe itself where that says how many, else when the rows are counted."""
+    recipe = write_recipe(adapter=adapter, training=steps)
+    code, _, err = cli("train", recipe)
+    assert code == 2
+    assert f"{recipe}:1:" in err
+    assert message.format(steps.get("max_steps", 1)) in err
+    assert "loaded in" not in err
+    assert cli("validate", recipe)[0] == (2 if "max_steps" in steps else 0)
 
 
 class Killed(BaseException):

@@ -558,7 +558,7 @@ CONFLICTS = [
         MINIMAL + "adapter: {method: delta-lora, start: 20}\ntraining: {max_steps: 20}\n",
         "4:31",
         "adapter.start",
-        "20 steps before W follows do not fit into max_steps: 20",
+        "20 steps before W follows do not fit into the 20 steps of this run",
     ),
     (
         "model: {path: m, dtype: bf16}\nadapter: {method: full}\ndata: {train: d}\noutput: o\n",
