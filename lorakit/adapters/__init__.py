@@ -13,8 +13,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from lorakit.errors import LorakitError
 from lorakit.micro_batch import MicroBatch
@@ -161,6 +163,19 @@ def base_alone(peft: Any) -> Iterator[None]:
     finally:
         for parameter, was in trained:
             parameter.requires_grad_(was)
+
+
+def in_dtype_of_base(layer: Any, given: tuple[Any, ...], output: Tensor) -> Tensor:
+    """The output of PEFT's `layer` in the dtype that its base layer would have given it: a forward hook.
+
+    Under autocast a plain matrix answers in autocast's dtype, one of bitsandbytes' in its input's. PEFT's
+    tuners answer some of them in another, and what follows then computes otherwise than in the base model.
+    """
+    base, device = layer.get_base_layer(), output.device.type
+    if not isinstance(base, nn.Linear | Conv1D):
+        return output
+    cast = type(base) in (nn.Linear, Conv1D) and torch.is_autocast_enabled(device)
+    return output.to(torch.get_autocast_dtype(device) if cast else given[0].dtype)
 
 
 def copy_into(tensors: dict[str, Tensor], ours: dict[str, Tensor], what: str) -> None:

@@ -23,7 +23,7 @@ import torch
 from peft import AdaLoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
-from lorakit.adapters import Adapter, Role, Trained, base_alone, copy_into
+from lorakit.adapters import Adapter, Role, Trained, base_alone, copy_into, in_dtype_of_base
 from lorakit.adapters.lora_files import Factors, write_plain
 from lorakit.errors import LorakitError
 from lorakit.recipe.methods import AdaLora, phases
@@ -120,6 +120,7 @@ class AdaLoraAdapter(Adapter):
             layer.ranknum["default"].data = torch.full_like(
                 layer.ranknum["default"], section.init_rank, dtype=torch.float32
             )
+            layer.register_forward_hook(in_dtype_of_base)  # of an 8-bit layer PEFT returns fp32
         for item in self.trained():
             item.parameter.data = item.parameter.data.float()
         self.p = {name: layer.lora_B["default"] for name, layer in self.layers.items()}  # (out, rank)

@@ -8,7 +8,9 @@ go, and why.
 
 Different from PEFT: targets are whole names, never ends of names; what a tuner would leave alone, train
 beside its layers or take from the base is refused here, before a step; so are a pattern that fits no layer
-and a size that PEFT would round (OFT's blocks, where they do not divide a layer: a warning there).
+and a size that PEFT would round (OFT's blocks, where they do not divide a layer: a warning there). A layer
+answers in the dtype of its base layer, also where PEFT's does not (OFT's under autocast, IA3's on 4 and 8
+bits): else step 0 would not be the base model.
 """
 
 import re
@@ -23,7 +25,7 @@ from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
-from lorakit.adapters import Adapter, Role, Trained, base_alone, copy_into
+from lorakit.adapters import Adapter, Role, Trained, base_alone, copy_into, in_dtype_of_base
 from lorakit.adapters.lora_files import config_as_json, write_adapter
 from lorakit.errors import LorakitError, out_of_memory
 from lorakit.recipe.methods import PeftTuner
@@ -62,6 +64,8 @@ class PeftTunerAdapter(Adapter):
         found = tuner_layers(model)
         if odd := sorted(found.keys() ^ {target.layer.name for target in targets}) if targets else []:
             raise LorakitError(f"adapter: {self.tuner} and adapter.targets differ in {odd[0]}")
+        for layer in found.values():
+            layer.register_forward_hook(in_dtype_of_base)
         trained = self.trained()
         if not any(item.role is not Role.HEAD for item in trained):
             raise LorakitError(f"adapter: {self.tuner} trains nothing on these layers", _OTHER_LAYERS)

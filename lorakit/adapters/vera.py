@@ -23,10 +23,9 @@ from typing import Any
 
 import torch
 from peft import PeftModel, VeraConfig, get_peft_model
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
-from lorakit.adapters import Adapter, Role, Trained, base_alone, copy_into
+from lorakit.adapters import Adapter, Role, Trained, base_alone, copy_into, in_dtype_of_base
 from lorakit.adapters.lora_files import write_plain
 from lorakit.errors import LorakitError
 from lorakit.recipe.methods import Vera
@@ -73,7 +72,7 @@ class VeraAdapter(Adapter):
             device = layer.vera_lambda_d["default"].device
             self.a, self.b = self.a.to(device), self.b.to(device)
             layer.vera_A["default"], layer.vera_B["default"] = self.a, self.b
-            layer.register_forward_hook(_in_dtype_of_base)
+            layer.register_forward_hook(in_dtype_of_base)
 
     def trained(self) -> list[Trained]:
         base = self.peft.get_base_model()
@@ -106,16 +105,6 @@ class VeraAdapter(Adapter):
                 b[:, None] * self.b[: layer.out_features],
             )
         write_plain(folder, self, factors, self.train_also, base_name)
-
-
-def _in_dtype_of_base(layer: Any, given: Any, output: Tensor) -> Tensor:
-    """The output in the dtype that the base layer would have given it; a 4-bit layer answers in its input's.
-
-    Exact: PEFT has already rounded it to that dtype.
-    """
-    device = output.device.type
-    cast = type(layer.base_layer) in (nn.Linear, Conv1D) and torch.is_autocast_enabled(device)
-    return output.to(torch.get_autocast_dtype(device)) if cast else output
 
 
 def _digest(a: Tensor, b: Tensor) -> Tensor:
