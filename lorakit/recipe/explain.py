@@ -113,17 +113,15 @@ def _unknown(path: Key, written: Source, recipe: type[Section]) -> str:
     known = list(section.model_fields) if section else []
     if reason := getattr(section, "lacks", {}).get(name):
         return f"not a field of {label}: {reason}"
-    hint = did_you_mean(name, known)
-    if not hint:
-        method = {section_type: name for name, section_type in METHOD_SECTIONS.items()}
-        homes = [
-            f"{home}.{name}" + (f" of method {method[t]}" if t in method else "")
-            for home, types in sorted(_sections(recipe).items(), key=lambda item: len(item[1]))
-            for t in types
-            if name in t.model_fields and t is not section
-        ]
-        hint = f"It is a field of {homes[0]}." if homes else f"Fields: {', '.join(known)}."
-    return f"not a field of {label}. {hint}"
+    method = {section_type: name for name, section_type in METHOD_SECTIONS.items()}
+    homes = [
+        f'method "{method[t]}"' if t in method else f'section "{home}"'
+        for home, types in sorted(_sections(recipe).items(), key=lambda item: len(item[1]))
+        for t in types
+        if name in t.model_fields and t is not section
+    ]
+    hint = f"It is a field of {homes[0]}." if homes else did_you_mean(name, known)
+    return f"not a field of {label}. {hint or 'Fields: ' + ', '.join(known) + '.'}"
 
 
 def _field(path: Key, written: Source, recipe: type[Section]) -> tuple[dict[str, Any], dict[str, Any]] | None:

@@ -306,19 +306,25 @@ UNKNOWN = [
         "adapter: {lr: 1}",
         "4:11",
         "adapter.lr",
-        'not a field of method "lora". It is a field of optimizer.lr.',
+        'not a field of method "lora". It is a field of section "optimizer".',
     ),
     (
         "training: {\n  warmup: 1}",
         "5:3",
         "training.warmup",
-        'not a field of section "training". It is a field of schedule.warmup.',
+        'not a field of section "training". It is a field of section "schedule".',
     ),
     (
         "adapter: {method: full, rank: 8}",
         "4:25",
         "adapter.rank",
-        'not a field of method "full". It is a field of adapter.rank of method lora.',
+        'not a field of method "full". It is a field of method "lora".',
+    ),
+    (
+        "adapter: {method: dora, train_tokens: [1]}",
+        "4:25",
+        "adapter.train_tokens",
+        'not a field of method "dora". It is a field of method "lora".',
     ),
     (
         "log: {zzz: 1}",
