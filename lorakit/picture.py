@@ -111,6 +111,8 @@ def rank_heat_map(params: Mapping[str, Any]) -> str:
 
 def _title(cells: Cells) -> str:
     entries = [entry for row in cells.values() for entry in row.values()]
+    if shared := _shared(cells):
+        return f"Adapters, layer by module: {len(shared):,} of {len(entries):,} layers share theirs"
     total = sum(entry["rank"] for entry in entries)
     mean = total / len(entries) if entries else 0.0
     return f"Ranks, layer by module: {mean:.3g} on average over {len(entries):,} layers"

@@ -203,7 +203,7 @@ def attach_adapter(recipe: Recipe, base: Base, total_steps: int, tokens: Sequenc
             raise RecipeError(recipe.problem("adapter.train_tokens", message) for message in problems)
         rows = {"tokens": tokens} if tokens else {}
         return attach(section, base.model, targets, seed, train_also=whole, **planned, **rows)
-    from lorakit.adapters.lora_files import read_adapter
+    from lorakit.adapters.lora_files import read_adapter, revived
 
     there = read_adapter(Path(section.start_from), base.layers)
     if not there.factors:
@@ -219,7 +219,10 @@ def attach_adapter(recipe: Recipe, base: Base, total_steps: int, tokens: Sequenc
     section = section.model_copy(update={"scaling": there.scaling})
     rows = {"tokens": there.tokens} if there.tokens else {}
     adapter = attach(section, base.model, there.targets, seed, train_also=there.train_also, **rows)
-    adapter.load_state(there.tensors)
+    tensors, num_dead = revived(there.tensors, adapter.state())
+    if num_dead:
+        say(f"note      {num_dead:,} directions of start_from are zero and start anew")
+    adapter.load_state(tensors)
     return adapter
 
 

@@ -14,6 +14,7 @@ from lorakit.adapters import Adapter, Role, Trained
 from lorakit.picture import RANKS, column_names, rank_cells
 from lorakit.plan import Plan
 from lorakit.recipe import Recipe
+from lorakit.recipe.traits import TRAITS
 from lorakit.targets import modules_above
 from lorakit.terminal import harmless
 
@@ -131,7 +132,9 @@ def model_card(recipe: Recipe, plan: Plan, params: dict[str, Any], scores: dict[
     path = recipe.model.path
     name = path.rsplit("/", 1)[-1] if path.startswith("/") else path
     full = recipe.adapter.method == "full"
-    library, tags = ("transformers", "[lorakit]") if full else ("peft", "[lora, lorakit]")
+    exported = TRAITS[recipe.adapter.method].exported
+    tag = getattr(recipe.adapter, "type", "lora").lower()
+    library, tags = ("transformers", "[lorakit]") if full else ("peft", f"[{tag}, lorakit]")
     front = ["---", f"base_model: {json.dumps(name)}", f"library_name: {library}", f"tags: {tags}", "---", ""]
     revision = f", revision `{_code(recipe.model.revision)}`" if recipe.model.revision else ""
     trained = f"{plan.num_samples:,} samples"
@@ -141,6 +144,7 @@ def model_card(recipe: Recipe, plan: Plan, params: dict[str, Any], scores: dict[
         "base model": f"`{_code(name)}`{revision}",
         "quantization of the base": recipe.model.quantize,
         "method": recipe.adapter.method,
+        "in the files": "plain LoRA, which is what was trained exactly" if exported else None,
         "trainable parameters": _share(params),
         "step": f"{scores['step']} of {plan.total_steps}, {recipe.training.batch_size} samples each",
         "held-out loss (nats per trained token)": _number(scores["eval_loss"]),
@@ -187,7 +191,12 @@ def summary(folder: Path) -> str:
     if record.get("base_eval_loss") is not None:
         lines.append(f"held-out loss   {record['base_eval_loss']:.4f} before training")
     if record.get("best_loss") is not None:
-        lines.append(f"held-out loss   {record['best_loss']:.4f} at step {record['best_step']}, the lowest")
+        since = " since the ranks were settled" if record["recipe"].get("adapter.method") == "adalora" else ""
+        lines.append(
+            f"held-out loss   {record['best_loss']:.4f} at step {record['best_step']}, the lowest{since}"
+        )
+        if record.get("base_eval_loss") is not None and record["best_loss"] > record["base_eval_loss"]:
+            lines.append("warning         worse than before training; try a smaller optimizer.lr")
     lines.append(f"{product.name:<15} {product}")
     place = _shortest(folder)
     commands = [f"lorakit generate {shlex.quote(str(place))} -p 'a prompt'"]

@@ -111,6 +111,11 @@ def _provenance(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     values = model_files.read_json(file)
+    if values.get("method") == "merge":
+        raise LorakitError(
+            f"{folder} is a merged model: there is no adapter in it",
+            "transformers loads it as any other model. This verb wants the run, or the adapter.",
+        )
     base: Any = values.get("base")
     texts = [values.get("format"), values.get("chat_template")]
     try:

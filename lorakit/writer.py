@@ -138,7 +138,8 @@ def announce(
     if experts:
         say(f"note      {len(experts)} 3-D expert weights are not adapted: {experts[0]}, ...")
     percent = f"{params['trainable_percent']:.3f} % of {params['total']:,}"
-    say(f"adapter   {recipe.adapter.method}: {params['trainable']:,} trainable parameters ({percent})")
+    method = f"{recipe.adapter.method} {getattr(recipe.adapter, 'type', '')}".strip()
+    say(f"adapter   {method}: {params['trainable']:,} trainable parameters ({percent})")
     names = sorted({module["name"].rsplit(".", 1)[-1] for module in params["modules"]})
     say(f"targets   {len(params['modules'])} modules: {', '.join(names)}")
     taken = []

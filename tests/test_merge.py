@@ -83,7 +83,7 @@ def test_every_tensor_is_the_fp64_sum_rounded_once(run: Path, tiny: Path, cli, t
             continue
         a, b = adapter[key].double(), adapter[key.replace("lora_A", "lora_B")].double()
         rank = a.shape[0]
-        wanted = tensor.double() + 2 * rank / rank**0.5 * (b @ a)
+        wanted = tensor.double() + 16 / rank**0.5 * (b @ a)
         assert torch.allclose(merged[name].double(), wanted, rtol=3e-7, atol=3e-7)
         changed.add(rank)
     assert changed == {4, 8}
@@ -106,6 +106,17 @@ def test_the_merged_model_answers_as_peft_does_and_brings_its_tokenizer(
     assert tokenizer.chat_template == AutoTokenizer.from_pretrained(tiny / "model").chat_template
     mode = (tmp_path / "merged" / "model.safetensors").stat().st_mode & 0o777
     assert mode == (tmp_path / "merged" / "config.json").stat().st_mode & 0o777
+
+
+def test_a_merged_model_is_called_one_where_an_adapter_is_wanted(run: Path, cli, tmp_path: Path) -> None:
+    assert cli("merge", run, "--output", tmp_path / "merged")[0] == 0
+    for verb in (
+        ["generate", tmp_path / "merged", "-p", "hi"],
+        ["merge", tmp_path / "merged", "--output", "x"],
+    ):
+        code, _, err = cli(*verb)
+        assert code == 2
+        assert "is a merged model" in err and "transformers loads it" in err
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "opt", "gemma2", "mixtral"])
@@ -172,7 +183,7 @@ def test_each_tensor_keeps_its_dtype_and_dtype_overrides(tiny: Path, run: Path, 
     adapter = load_file(run / "adapter" / "adapter_model.safetensors")
     name = "model.layers.0.mlp.up_proj"
     a, b = (adapter[f"base_model.model.{name}.lora_{kind}.weight"].double() for kind in "AB")
-    exact = mixed[f"{name}.weight"].double() + 2 * 4 / 4**0.5 * (b @ a)
+    exact = mixed[f"{name}.weight"].double() + 16 / 4**0.5 * (b @ a)
     assert ((merged[f"{name}.weight"].double() - exact).abs() <= exact.abs() * 2**-8 + 1e-9).all()
     assert cli("merge", run, "--base", base, "--dtype", "fp16", "--output", tmp_path / "half")[0] == 0
     assert {t.dtype for t in load_file(tmp_path / "half" / "model.safetensors").values()} == {torch.float16}

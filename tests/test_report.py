@@ -1,8 +1,11 @@
 """The commands that a run tells its user to type."""
 
+import json
 import re
 import shlex
 from pathlib import Path
+
+import pytest
 
 from lorakit import report
 
@@ -41,3 +44,29 @@ def test_the_account_of_the_rows_cannot_leave_its_block() -> None:
     lines = text.splitlines()
     assert lines[:3] == ["# Data", "", "````"]
     assert lines[3:] == ["rows  training", "first bad: ```# x\\x1b[1m.jsonl:3", "````"]
+
+
+@pytest.mark.parametrize(
+    ("method", "before", "best", "told"),
+    [
+        ("lora", 2.0, 1.0, ["1.0000 at step 3, the lowest"]),
+        ("adalora", 2.0, 1.0, ["1.0000 at step 3, the lowest since the ranks were settled"]),
+        ("lora", 2.0, 3.0, ["3.0000 at step 3, the lowest", "worse than before training"]),
+        ("lora", None, 3.0, ["3.0000 at step 3, the lowest"]),
+    ],
+)
+def test_the_summary_calls_a_bad_end_one(
+    method: str, before: float | None, best: float, told: list[str], tmp_path: Path
+) -> None:
+    record = {
+        "status": "finished",
+        "step": 4,
+        "steps": 4,
+        "seconds": 1.0,
+        "recipe": {"adapter.method": method},
+    }
+    losses = {"base_eval_loss": before, "best_loss": best, "best_step": 3}
+    (tmp_path / "run.json").write_text(json.dumps(record | losses))
+    lines = report.summary(tmp_path).splitlines()
+    assert any(line.endswith(told[0]) for line in lines)
+    assert any("worse than" in line for line in lines) == (len(told) == 2)

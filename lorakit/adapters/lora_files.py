@@ -238,6 +238,25 @@ def _with_rows(ids: list[int], rows: Tensor, weight: Tensor) -> Tensor:
     return changed
 
 
+def revived(tensors: Mapping[str, Tensor], drawn: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
+    """(`tensors` of a file, where row i of A and column i of B are both zero with those of `drawn`; how many
+    there were). Exports are filled up with zeros, and from A = B = 0 no gradient ever leads away.
+
+    `drawn`: a fresh adapter under the same names, whose own update is zero.
+    """
+    found, number = dict(tensors), 0
+    for a_name, a in tensors.items():
+        b_name = a_name.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B")
+        if b_name == a_name or b_name not in tensors:
+            continue
+        b = tensors[b_name]
+        dead = (a == 0).all(dim=1) & (b == 0).all(dim=0)
+        number += int(dead.sum())
+        found[a_name] = a.where(~dead[:, None], drawn[a_name].detach().to(a))
+        found[b_name] = b.where(~dead, drawn[b_name].detach().to(b))
+    return found, number
+
+
 def _factors(target: Target, name: str, tensors: Mapping[str, Tensor], file: AdapterFile) -> Factors:
     """`name`: where the tensors are. Raises: LorakitError where magnitudes are there without DoRA, or DoRA
     without them."""

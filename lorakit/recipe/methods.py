@@ -177,7 +177,7 @@ def auto_alpha(section: Any) -> tuple[float, str]:
     """(what alpha: auto is for a section, the reason)."""
     if getattr(section, "scaling", "") == "rank_stabilized":  # scale 4 at rank 16, 2 at rank 64
         return 16.0, "the same for every rank: the scale is alpha / sqrt(rank)"
-    return 2.0 * section.rank, "twice the rank"
+    return 2.0 * section.rank, "twice init_rank" if section.method == "adalora" else "twice the rank"
 
 
 def phases(total_steps: int, warmup: float, final: float) -> tuple[int, int]:

@@ -134,7 +134,8 @@ def first_line(error: Exception) -> str:
 
 def _wrong_type(kind: str) -> str:
     if kind in REFUSED:
-        return f"{kind}: {REFUSED[kind]}"
+        own = "write" in REFUSED[kind]
+        return f"{kind}: {REFUSED[kind]}" if own else f"{kind} is not trained here: {REFUSED[kind]}"
     if find_spec("peft") is None:
         return "PEFT is not installed: pip install peft"
     from peft import PeftType

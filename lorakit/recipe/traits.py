@@ -32,6 +32,7 @@ class Traits:
     num_trained: Callable[[int, int, int], int] | None  # of I, O and R of one layer; None: PEFT alone knows
     refuses: Mapping[str, str] = field(default_factory=dict)  # layer kind, "quantized", "int8", ... -> why
     no_lr_ratio: str = ""  # why B cannot have a learning rate of its own
+    exported: bool = False  # the run writes plain LoRA instead: other tools do not know the method
     any_rank: bool = False  # the rank may be above a layer's smaller side
     scheduled: bool = False  # it must know how many steps there will be
     data_decide: str = ""  # what of its count only the data can tell
@@ -85,6 +86,7 @@ TRAITS: dict[str, Traits] = {
         scheduled=True,
         taken_over=("targets", "train_also"),
         checkpoint_bytes=20,  # two averages of importance
+        exported=True,
     ),
     "vera": Traits(
         Vera,
@@ -95,6 +97,7 @@ TRAITS: dict[str, Traits] = {
         refuses={"embedding": "PEFT has no VeRA layer for it"},
         no_lr_ratio=_PAIR + "here neither moves: write optimizer.lr",
         any_rank=True,
+        exported=True,
     ),
     "delta-lora": Traits(
         DeltaLora,
@@ -104,6 +107,7 @@ TRAITS: dict[str, Traits] = {
         _of_lora,
         scheduled=True,
         checkpoint_bytes=16,  # A and B as they were when W began to follow
+        exported=True,
     ),
     "lora-drop": Traits(
         LoraDrop,
@@ -113,6 +117,7 @@ TRAITS: dict[str, Traits] = {
         _of_lora,
         refuses={"embedding": "what it adds to its output cannot be compared with what a matrix adds"},
         data_decide="at most: layers that matter little will share, and how many do, the data decide",
+        exported=True,
     ),
     "full": Traits(
         Full,

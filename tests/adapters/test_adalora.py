@@ -271,6 +271,38 @@ def test_too_few_steps_are_told_before_anything_is_loaded(write_recipe, cli) -> 
     assert code == 0
 
 
+def test_an_interval_that_leaves_one_decision_is_refused(write_recipe, cli) -> None:
+    adapter = {"method": "adalora", "interval": 12}
+    code, out, _ = cli("validate", write_recipe(adapter=adapter, training={"max_steps": 20}))
+    assert code == 2
+    assert "adapter.interval: 12 steps, but ranks are decided on in 12 steps only" in out
+    assert cli("validate", write_recipe(adapter=adapter, training={"max_steps": 40}))[0] == 0
+    default = {"method": "adalora"}  # only what is written can conflict
+    assert cli("validate", write_recipe(adapter=default, training={"max_steps": 8}))[0] == 0
+
+
+def test_what_an_export_fills_up_with_zeros_is_trained_again(write_recipe, cli, tmp_path: Path) -> None:
+    """Where a row of A and a column of B are zero, all gradients are, for ever."""
+    adapter = {"method": "adalora", "init_rank": 6, "target_rank": 2, "interval": 2, "targets": ["mlp"]}
+    first = write_recipe(adapter=adapter, training={"max_steps": 10, "batch_size": 4})
+    assert cli("train", first, "--output", tmp_path / "ada")[0] == 0
+    start = tmp_path / "ada" / "adapter"
+
+    def num_dead(folder: Path) -> int:
+        tensors = load_file(folder / "adapter_model.safetensors")
+        pairs = [
+            (a, tensors[name.replace("lora_A", "lora_B")]) for name, a in tensors.items() if "lora_A" in name
+        ]
+        return sum(int(((a == 0).all(1) & (b == 0).all(0)).sum()) for a, b in pairs)
+
+    assert num_dead(start) > 0
+    second = write_recipe(adapter={"start_from": str(start)}, training={"max_steps": 2, "batch_size": 4})
+    code, _, err = cli("train", second, "--output", tmp_path / "on")
+    assert code == 0
+    assert f"{num_dead(start)} directions of start_from are zero and start anew" in err
+    assert num_dead(tmp_path / "on" / "adapter") == 0
+
+
 def test_phases_without_steps_are_refused() -> None:
     with pytest.raises(LorakitError, match="too few"):
         attached(built(), section(warmup=0.5, final=0.49), steps=3)
