@@ -110,10 +110,23 @@ def _of_recipe(recipe: Recipe, remark: str = "") -> Count:
     about = [("model", f"{recipe.model.path}: {shapes.num_parameters:,} parameters"), ("adapter", told)]
     if decided := TRAITS[section.method].data_decide:
         about.append(("counted", decided))
+    if size := _shipped_bytes(section, entries):
+        most = "at most " if section.method == "adalora" else ""
+        about.append(("ships", f"as plain LoRA, {most}{_bytes(size)} in fp32: A and B of every layer"))
     if not full and (left := set(shapes.experts) - {entry["name"] for entry in entries}):
         about.append(("experts", f"{len(left)} 3-D expert weights are not adapted"))
     moved = sum(entry["trainable"] for entry in entries) if full else 0
     return Count(_params(entries, shapes.num_parameters - moved), tuple(about))
+
+
+def _shipped_bytes(section: Any, entries: Sequence[Entry]) -> int:
+    """Bytes of adapter/ in fp32 where it holds more than is trained: the A and B of a LoRA; else 0."""
+    if not TRAITS[section.method].exported and section.method != "lora-fa":
+        return 0
+    pairs = 2 if section.method == "delta-lora" and section.start else 1  # B_K A_K beside B A
+    factors = sum(entry["rank"] * (entry["in"] + entry["out"]) for entry in entries)
+    whole = sum(entry["trainable"] for entry in entries if not entry["rank"])
+    return 4 * (pairs * factors + whole)
 
 
 def _of_base_weights(recipe: Recipe, shapes: Shapes) -> list[Entry]:

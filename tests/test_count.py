@@ -5,6 +5,7 @@ and from PEFT's prints, as each says.
 """
 
 import json
+import re
 import resource
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from typing import Any
 import peft
 import pytest
 import transformers as hf
+from safetensors.torch import load_file
 
 import lorakit
 from lorakit.recipe.traits import TRAITS
@@ -302,6 +304,27 @@ def test_the_count_is_the_report_of_a_run(name: str, write_recipe, cli, tmp_path
     if name not in ("full", "part", "adalora"):
         code, out, _ = cli("count-params", tmp_path / "run" / "adapter", "--json")
         assert (code, json.loads(out)) == (0, report)
+
+
+SHIPPED = {
+    "vera": {"method": "vera", "rank": 8, "targets": "mlp", "train_also": ["norm"]},
+    "lora-fa": {"method": "lora-fa", "rank": 4},
+    "delta-lora": {"method": "delta-lora", "rank": 4, "start": 2},
+    "delta-lora from the start": {"method": "delta-lora", "rank": 4},
+    "lora-drop": {"method": "lora-drop", "rank": 4, "probe": 4},
+}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_what_ships_is_counted_where_it_is_more_than_what_is_trained(
+    name: str, write_recipe, cli, tmp_path: Path
+) -> None:
+    recipe = write_recipe(adapter=SHIPPED[name])
+    told = re.search(r"ships .* \(([\d,]+) bytes\)", cli("count-params", recipe)[1])
+    assert told
+    assert cli("train", recipe)[0] == 0
+    tensors = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert int(told[1].replace(",", "")) == sum(4 * tensor.numel() for tensor in tensors.values())
 
 
 @pytest.mark.parametrize("method", ["lora", "adalora"])
