@@ -30,6 +30,20 @@ def key_of(loc: tuple[Any, ...], values: Any) -> Key:
     return tuple(path)
 
 
+# What users call a method, or a setting of one -> what to write.
+KNOWN_AS = {
+    "rslora": "Write method: lora with scaling: rank_stabilized.",
+    "lora+": "Write method: lora with optimizer.lr_ratio: lora+.",
+    "qlora": "Write method: lora with model.quantize: nf4.",
+    "bitfit": "Write method: full with train_only: [bias].",
+    "freeze": "Write method: full with train_only.",
+    **{
+        name: f"Write method: peft with type: {name.upper()}."
+        for name in ("oft", "boft", "ia3", "loha", "lokr")
+    },
+}
+
+
 def explain(error: ValidationError, written: Source, recipe: type[Section]) -> list[Problem]:
     """One problem per place: pydantic reports one per member of a union, here the deepest of a field
     counts."""
@@ -43,7 +57,8 @@ def explain(error: ValidationError, written: Source, recipe: type[Section]) -> l
         elif kind in ("union_tag_invalid", "union_tag_not_found"):
             path = (*path, "method")
             tag, known = _value(path, written), " or ".join(f'"{name}"' for name in METHOD_SECTIONS)
-            message = f"expected {known}, got {show(tag)}. {did_you_mean(str(tag), METHOD_SECTIONS)}".rstrip()
+            hint = KNOWN_AS.get(str(tag).lower()) or did_you_mean(str(tag), METHOD_SECTIONS)
+            message = f"expected {known}, got {show(tag)}. {hint}".rstrip()
         elif kind == "extra_forbidden":
             message = _unknown(path, written, recipe)
         elif kind in empty:

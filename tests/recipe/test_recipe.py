@@ -338,6 +338,18 @@ UNKNOWN = [
         "adapter.method",
         METHODS + ', got "lroa". Did you mean "lora"?',
     ),
+    (
+        "adapter: {method: IA3}",
+        "4:11",
+        "adapter.method",
+        METHODS + ', got "IA3". Write method: peft with type: IA3',
+    ),
+    (
+        "adapter: {method: rslora}",
+        "4:11",
+        "adapter.method",
+        METHODS + ', got "rslora". Write method: lora with scaling: rank_stabilized',
+    ),
     ("adapter: {method: 3}", "4:11", "adapter.method", METHODS + ", got 3"),
 ]
 
