@@ -124,8 +124,8 @@ def _shipped_bytes(section: Any, entries: Sequence[Entry]) -> int:
     if not TRAITS[section.method].exported and section.method != "lora-fa":
         return 0
     pairs = 2 if section.method == "delta-lora" and section.start else 1  # B_K A_K beside B A
-    factors = sum(entry["rank"] * (entry["in"] + entry["out"]) for entry in entries)
-    whole = sum(entry["trainable"] for entry in entries if not entry["rank"])
+    factors: int = sum(entry["rank"] * (entry["in"] + entry["out"]) for entry in entries)
+    whole: int = sum(entry["trainable"] for entry in entries if not entry["rank"])
     return 4 * (pairs * factors + whole)
 
 

@@ -37,10 +37,10 @@ KNOWN_AS = {
     "qlora": "Write method: lora with model.quantize: nf4.",
     "bitfit": "Write method: full with train_only: [bias].",
     "freeze": "Write method: full with train_only.",
-    **{
-        name: f"Write method: peft with type: {name.upper()}."
-        for name in ("oft", "boft", "ia3", "loha", "lokr")
-    },
+    "oft": "Write method: peft with type: OFT.",
+    "ia3": "Write method: peft with type: IA3.",
+    "loha": "Write method: peft with type: LOHA.",
+    "lokr": "Write method: peft with type: LOKR.",
 }
 
 
