@@ -88,7 +88,7 @@ def _train(
         adapter.prepare(RunProbe(ready, recipe, ranks))
     optimizer, state = restore(continued, adapter, recipe.optimizer)
     params = report.parameters(adapter, ready.num_base)
-    runs.check_space(output, disk_needed(recipe, params), product(recipe))
+    runs.check_space(output, disk_needed(recipe, adapter, params["total"]), product(recipe))
     ranks.wait_for_everyone()  # all have read the checkpoint before rank 0 deletes what is later
     account = account_lines(ready.rows, ready.held_out)
     told = (recipe, plan, params, facts, account)

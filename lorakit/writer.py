@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator
 
 from lorakit import __version__, checkpoint, optim, picture, report, runs
-from lorakit.adapters import Adapter
+from lorakit.adapters import Adapter, Role
 from lorakit.data.tokens import TokenData
 from lorakit.devices import peak_bytes
 from lorakit.errors import LorakitError, RunError
@@ -159,18 +159,28 @@ def announce(
     say(f"plan      {plan.total_steps} steps of {uneven}{batch_size} samples -> {output}")
 
 
-def disk_needed(recipe: Recipe, params: dict[str, Any]) -> int:
-    """Bytes of the checkpoints that are kept, one more while it is staged, and what was trained: all fp32.
+def disk_needed(recipe: Recipe, adapter: Adapter, num_total: int) -> int:
+    """Bytes of the checkpoints that are kept, one more while it is staged, and twice what was trained.
 
-    A checkpoint holds weights, AdamW's two moments, and what the method itself remembers. What was trained is
-    the model, or plain LoRA, in which every layer has an A and a B, Delta-LoRA two of each.
+    A checkpoint holds the adapter's state and AdamW's two moments. What was trained is that state or, where
+    other tools cannot read it, plain LoRA in fp32: an A and a B of the largest rank for every layer (of twice
+    that where Delta-LoRA remembers the first). Of full fine-tuning it is the model, of `num_total`
+    parameters.
     """
-    method = recipe.adapter.method
-    each, moving = TRAITS[method].checkpoint_bytes, int(params["trainable"])
-    factors: int = sum(module["rank"] * (module["in"] + module["out"]) for module in params["modules"])
-    plain = max(moving, factors * (2 if method == "delta-lora" else 1))
-    written: int = params["total"] if method == "full" else plain
-    return (recipe.checkpoint.keep + 1) * each * moving + 8 * written + (1 << 20)
+    section: Any = recipe.adapter
+    trained = adapter.trained()
+    state = sum(tensor.numel() * tensor.element_size() for tensor in adapter.state().values())
+    moments = 8 * sum(item.parameter.numel() for item in trained)
+    if section.method == "full":
+        written = 4 * num_total
+    elif not TRAITS[section.method].exported:
+        written = state
+    else:
+        pairs = 2 if section.method == "delta-lora" and section.start else 1
+        sides = sum(target.layer.in_features + target.layer.out_features for target in adapter.targets)
+        whole = sum(item.parameter.numel() for item in trained if item.role is Role.HEAD)
+        written = 4 * (pairs * max(adapter.ranks().values()) * sides + whole)
+    return (recipe.checkpoint.keep + 1) * (state + moments) + 2 * written + (1 << 20)
 
 
 # ------------------------------------------------------------------------------------------------------------

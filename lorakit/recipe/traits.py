@@ -37,7 +37,6 @@ class Traits:
     scheduled: bool = False  # it must know how many steps there will be
     data_decide: str = ""  # what of its count only the data can tell
     taken_over: tuple[str, ...] = ()  # fields that start_from decides where the recipe does not say them
-    checkpoint_bytes: int = 12  # per trained parameter: the parameter and AdamW's two moments
 
 
 _LIKE_LORA = ("rank", "alpha", "scaling", "targets", "rank_pattern", "alpha_pattern", "train_also")
@@ -85,7 +84,6 @@ TRAITS: dict[str, Traits] = {
         no_lr_ratio="is LoRA+'s, which says nothing on AdaLoRA's factors; delete it",
         scheduled=True,
         taken_over=("targets", "train_also"),
-        checkpoint_bytes=20,  # two averages of importance
         exported=True,
     ),
     "vera": Traits(
@@ -106,7 +104,6 @@ TRAITS: dict[str, Traits] = {
         "arXiv 2309.02411",
         _of_lora,
         scheduled=True,
-        checkpoint_bytes=16,  # A and B as they were when W began to follow
         exported=True,
     ),
     "lora-drop": Traits(

@@ -20,11 +20,9 @@ from lorakit.errors import LorakitError, RunError
 from lorakit.layers import layers_of
 from lorakit.micro_batch import MicroBatch
 from lorakit.probe import draw_samples
-from lorakit.recipe import load_recipe
 from lorakit.recipe.methods import LoraDrop
 from lorakit.shapes import Layer
 from lorakit.targets import Target, select
-from lorakit.writer import disk_needed
 from tests import architectures
 from tests.conftest import metrics
 
@@ -418,9 +416,6 @@ def test_a_run_tells_who_shares_and_ships_copies(recipe: Any, cli: Any, tiny: Pa
     for side in ("A", "B"):
         key = "base_model.model.{}.lora_" + side + ".weight"
         assert torch.equal(tensors[key.format(name)], tensors[key.format(first)])
-    held = sum(tensor.numel() for tensor in tensors.values())  # twice while it is replaced; three checkpoints
-    wanted = disk_needed(load_recipe(run / "resolved.yaml"), params)
-    assert wanted == 3 * 12 * params["trainable"] + 2 * 4 * held + (1 << 20)
     code, _, err = cli("merge", run, "--output", tmp_path / "merged")
     assert code == 0, err
 
