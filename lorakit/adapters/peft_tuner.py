@@ -83,7 +83,8 @@ class PeftTunerAdapter(Adapter):
         return {target.layer.name: 0 for target in self.targets}
 
     def try_out(self, model: Any, autocast: Callable[[], AbstractContextManager[Any]]) -> None:
-        """A few tokens forward and backward; nothing stays of them.
+        """A few tokens forward and backward; nothing stays of them. Says by how much the tuner does not start
+        at the base.
 
         Raises: LorakitError where the tuner cannot compute on this model, or nothing of it would move.
         """
@@ -102,6 +103,14 @@ class PeftTunerAdapter(Adapter):
                 item.parameter.grad = None
         if not moves:
             raise LorakitError(f"adapter: nothing of {self.tuner} has a gradient here", _OTHER_LAYERS)
+        with torch.no_grad(), autocast():
+            start = model(input_ids=ids, use_cache=False).logits
+            with self.disabled():
+                base = model(input_ids=ids, use_cache=False).logits
+        off = float((start.float() - base.float()).abs().max())
+        if off > _ROUNDING[base.dtype == torch.float32] * float(base.abs().max()):
+            what = f"{self.tuner} does not start at the base model"
+            say(f"note      {what}: its first logits are up to {off:.2g} away (PEFT's init)")
 
     def notes(self) -> dict[str, dict[str, Any]]:
         return {target.layer.name: {"tuner": self.tuner} for target in self.targets}
@@ -129,6 +138,7 @@ class PeftTunerAdapter(Adapter):
         write_adapter(folder, self.config(base_name), self.state())
 
 
+_ROUNDING = {True: 1e-4, False: 0.02}  # of the largest logit, in fp32 and in 16 bits
 _OTHER_LAYERS = "Change adapter.config or adapter.targets, or choose another adapter.type."
 
 

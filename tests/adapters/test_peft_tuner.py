@@ -7,6 +7,7 @@ import copy
 import json
 import shutil
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ def test_every_type_of_peft_is_in_one_of_the_two_tables() -> None:
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_type_trains_saves_and_is_loaded_by_peft_or_is_refused(
-    kind: str, name: str, tmp_path: Path
+    kind: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if name == "gpt2" and kind not in ON_CONV1D:
         with pytest.raises(LorakitError, match=f"adapter: .*{kind}"):
@@ -131,7 +132,11 @@ def test_a_type_trains_saves_and_is_loaded_by_peft_or_is_refused(
     plain = base(name)
     before = logits(plain)
     model, adapter = attached(kind, name)
-    adapter.try_out(model, torch.enable_grad)
+    adapter.try_out(model, nullcontext)
+    noted = f"note      {kind} does not start at the base model" in capsys.readouterr().err
+    assert noted == (
+        kind in STARTS_ELSEWHERE and (kind, name) != ("UNILORA", "gpt2")
+    )  # there 6e-5 of the logits
     start = logits(model)
     if kind not in STARTS_ELSEWHERE:
         assert (start - before).abs().max() <= (1e-5 if kind in ROUNDED else 0.0)
@@ -259,6 +264,24 @@ def test_the_start_is_a_function_of_the_seed() -> None:
     again = attached("HIRA")[1].state()
     assert all(torch.equal(tensor, again[key]) for key, tensor in one.items())
     assert not all(torch.equal(tensor, other[key]) for key, tensor in one.items())
+
+
+def test_how_far_from_the_base_a_tuner_starts_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    """On the tokens 0 to 6 and 0, in fp32 and under autocast; nothing of a tuner that starts at the base."""
+    ids = torch.arange(8)[None] % 7
+    before = logits(base("llama"), ids)
+    model, adapter = attached("FOURIERFT")
+    off = float((logits(model, ids) - before).abs().max())
+    assert off > 0.1
+    adapter.try_out(model, nullcontext)
+    assert capsys.readouterr().err == (
+        f"note      FOURIERFT does not start at the base model: its first logits are up to {off:.2g} away"
+        " (PEFT's init)\n"
+    )
+    for kind, lines in (("FOURIERFT", 1), ("OFT", 0)):
+        model, adapter = attached(kind)
+        adapter.try_out(model, lambda: torch.autocast("cpu", torch.bfloat16))
+        assert capsys.readouterr().err.count("note      ") == lines
 
 
 def test_vectors_do_not_decay_and_matrices_do() -> None:
