@@ -27,7 +27,8 @@ def _of_targets(recipe: Recipe) -> tuple[Problem, ...]:
 
     An adapter that the training starts from brings targets of its own; a model's own code, layers.
     """
-    model, section = recipe.model, recipe.adapter
+    model = recipe.model
+    section: Any = recipe.adapter
     folder = Path(model.path)
     if getattr(section, "start_from", None) or model.trust_remote_code:
         return ()

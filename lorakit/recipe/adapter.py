@@ -1,24 +1,14 @@
 """Section `adapter`: how the weights move. One section type per method (methods.py), chosen by `method`."""
 
-from typing import Annotated, Any
+from functools import reduce
+from operator import or_
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Discriminator, Tag
 
-from lorakit.recipe.methods import (
-    AdaLora,
-    DeltaLora,
-    Dora,
-    Full,
-    Lora,
-    LoraDrop,
-    LoraFa,
-    PeftTuner,
-    Vera,
-    first_step,
-    phases,
-)
+from lorakit.recipe.methods import AdaLora, Lora, Method, first_step, phases
 from lorakit.recipe.peft_types import problems_of
-from lorakit.recipe.section import Conflicts, Section, Written
+from lorakit.recipe.section import Conflicts, Written
 from lorakit.recipe.traits import TRAITS
 
 NO_DROPOUT = "their update is added to the weight before any input is seen; write 0"
@@ -28,19 +18,12 @@ def _method(section: Any) -> Any:
     return section.get("method", "lora") if isinstance(section, dict) else getattr(section, "method", "lora")
 
 
-METHOD_SECTIONS: dict[str, type[Section]] = {name: traits.section for name, traits in TRAITS.items()}
-Adapter = Annotated[
-    Annotated[Lora, Tag("lora")]
-    | Annotated[Dora, Tag("dora")]
-    | Annotated[LoraFa, Tag("lora-fa")]
-    | Annotated[AdaLora, Tag("adalora")]
-    | Annotated[Vera, Tag("vera")]
-    | Annotated[DeltaLora, Tag("delta-lora")]
-    | Annotated[LoraDrop, Tag("lora-drop")]
-    | Annotated[Full, Tag("full")]
-    | Annotated[PeftTuner, Tag("peft")],
-    Discriminator(_method),
-]
+METHOD_SECTIONS: dict[str, type[Method]] = {name: traits.section for name, traits in TRAITS.items()}
+if TYPE_CHECKING:
+    Adapter = Method  # a union that is built is no type to a checker
+else:
+    _SECTIONS = (Annotated[section, Tag(name)] for name, section in METHOD_SECTIONS.items())
+    Adapter = Annotated[reduce(or_, _SECTIONS), Discriminator(_method)]
 
 
 def conflicts(recipe: Any, written: Written) -> Conflicts:

@@ -18,14 +18,16 @@ Targets = Pattern | Annotated[tuple[Pattern, ...], Field(min_length=1)]
 # What several methods share
 
 
-class _Method(Section):
+class Method(Section):
+    """What every method has."""
+
     lacks: ClassVar[Mapping[str, str]] = {}  # field of other methods -> why this one cannot have it
 
     method: str
     """How the weights move."""
 
 
-class _Layers(_Method):
+class _Layers(Method):
     """A method that adapts layers."""
 
     targets: Targets = "all-linear"
@@ -246,7 +248,7 @@ class LoraDrop(_Product):
     """Samples of the probe, seen once: below 1 a share of all, from 1 a number of samples."""
 
 
-class Full(_Method):
+class Full(Method):
     """Every weight of the base model moves: the baseline of every comparison. The run writes model/."""
 
     method: Literal["full"]

@@ -13,10 +13,10 @@ from lorakit.recipe.methods import (
     Lora,
     LoraDrop,
     LoraFa,
+    Method,
     PeftTuner,
     Vera,
 )
-from lorakit.recipe.section import Section
 
 _PAIR = "LoRA+ lets B learn faster than A; "
 
@@ -25,7 +25,7 @@ _PAIR = "LoRA+ lets B learn faster than A; "
 class Traits:
     """What can be told of a method from its name."""
 
-    section: type[Section]
+    section: type[Method]
     update: str  # what a layer computes, for the README
     says: str  # one honest line, for the README
     source: str
