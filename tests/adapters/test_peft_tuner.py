@@ -134,9 +134,8 @@ def test_a_type_trains_saves_and_is_loaded_by_peft_or_is_refused(
     model, adapter = attached(kind, name)
     adapter.try_out(model, nullcontext)
     noted = f"note      {kind} does not start at the base model" in capsys.readouterr().err
-    assert noted == (
-        kind in STARTS_ELSEWHERE and (kind, name) != ("UNILORA", "gpt2")
-    )  # there 6e-5 of the logits
+    too_little = (kind, name) == ("UNILORA", "gpt2")  # 6e-5 of the largest logit
+    assert noted == (kind in STARTS_ELSEWHERE and not too_little)
     start = logits(model)
     if kind not in STARTS_ELSEWHERE:
         assert (start - before).abs().max() <= (1e-5 if kind in ROUNDED else 0.0)
