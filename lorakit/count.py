@@ -120,11 +120,13 @@ def _of_recipe(recipe: Recipe, remark: str = "") -> Count:
 
 
 def _shipped_bytes(section: Any, entries: Sequence[Entry]) -> int:
-    """Bytes of adapter/ in fp32 where it holds more than is trained: the A and B of a LoRA; else 0."""
+    """Bytes of adapter/ in fp32 where it holds more than is trained: the A and B of a LoRA, filled up to one
+    rank where the method is exported; else 0."""
     if not TRAITS[section.method].exported and section.method != "lora-fa":
         return 0
     pairs = 2 if section.method == "delta-lora" and section.start else 1  # B_K A_K beside B A
-    factors: int = sum(entry["rank"] * (entry["in"] + entry["out"]) for entry in entries)
+    largest = max(entry["rank"] for entry in entries) if TRAITS[section.method].exported else 0
+    factors: int = sum((largest or e["rank"]) * (e["in"] + e["out"]) for e in entries if e["rank"])
     whole: int = sum(entry["trainable"] for entry in entries if not entry["rank"])
     return 4 * (pairs * factors + whole)
 

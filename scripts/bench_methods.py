@@ -75,11 +75,12 @@ def contestants() -> dict[str, Run]:
 
 def recipe_of(sections: Run, made: dict[str, str], setting: Setting, steps: int, output: Path) -> Run:
     """A method's recipe on the benchmark's model and rows. The learning rate is one that harms none: it has
-    no part in what is measured."""
+    no part in what is measured. AdaLoRA's interval is for longer runs."""
     ratio = sections["optimizer"].get("lr_ratio")
+    adapter = {field: value for field, value in sections["adapter"].items() if field != "interval"}
     return {
         "model": {"path": made["model"]},
-        "adapter": sections["adapter"],
+        "adapter": adapter,
         "data": {"train": str(Path(made["rows"]) / "rows.jsonl"), "format": "prompt-completion"},
         "optimizer": {"lr": 1e-4} | ({} if ratio is None else {"lr_ratio": ratio}),
         "training": {"max_steps": steps, "batch_size": setting.batch_size},

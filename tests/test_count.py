@@ -308,9 +308,9 @@ def test_the_count_is_the_report_of_a_run(name: str, write_recipe, cli, tmp_path
 
 SHIPPED = {
     "vera": {"method": "vera", "rank": 8, "targets": "mlp", "train_also": ["norm"]},
-    "lora-fa": {"method": "lora-fa", "rank": 4},
+    "lora-fa": {"method": "lora-fa", "rank": 4, "rank_pattern": {"q_proj": 8}},
     "delta-lora": {"method": "delta-lora", "rank": 4, "start": 2},
-    "delta-lora from the start": {"method": "delta-lora", "rank": 4},
+    "delta-lora from the start": {"method": "delta-lora", "rank": 4, "rank_pattern": {"q_proj": 8}},
     "lora-drop": {"method": "lora-drop", "rank": 4, "probe": 4},
 }
 
