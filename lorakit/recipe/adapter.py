@@ -49,7 +49,6 @@ def conflicts(recipe: Any, written: Written) -> Conflicts:
         yield from problems_of(adapter, recipe.model.quantize)
     if recipe.training.max_steps is not None:
         yield from too_few_steps(adapter, recipe.training.max_steps)
-        yield from _one_decision(adapter, recipe.training.max_steps, written)
 
 
 def too_few_steps(adapter: Any, steps: int) -> Conflicts:
@@ -62,16 +61,6 @@ def too_few_steps(adapter: Any, steps: int) -> Conflicts:
         if start >= settled and adapter.warmup + adapter.final < 1:
             message = f"{steps} steps are too few for AdaLoRA's three phases: warm-up, pruning, final"
             yield "training.max_steps", message
-
-
-def _one_decision(adapter: Any, steps: int, written: Written) -> Conflicts:
-    """Where the interval that the user wrote leaves AdaLoRA's ranks one moment to fall in."""
-    if adapter.method != "adalora" or written("adapter.interval") is None:
-        return
-    start, settled = phases(steps, adapter.warmup, adapter.final)
-    if adapter.init_rank > adapter.target_rank and settled > start and adapter.interval >= settled - start:
-        message = f"{adapter.interval} steps, but ranks are decided on in {settled - start} steps only"
-        yield "adapter.interval", f"{message} (of max_steps: {steps}), so that all fall at once"
 
 
 def _lora_conflicts(adapter: Lora, written: Written) -> Conflicts:

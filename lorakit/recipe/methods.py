@@ -131,6 +131,8 @@ class AdaLora(_Layers):
     those that matter least are taken away until target_rank remain on average. Zhang et al. 2023, arXiv
     2303.10512."""
 
+    lacks = {"rank": "it starts at init_rank everywhere and ends at target_rank on average"}
+
     method: Literal["adalora"]
     """How the weights move."""
 

@@ -271,16 +271,6 @@ def test_too_few_steps_are_told_before_anything_is_loaded(write_recipe, cli) -> 
     assert code == 0
 
 
-def test_an_interval_that_leaves_one_decision_is_refused(write_recipe, cli) -> None:
-    adapter = {"method": "adalora", "interval": 12}
-    code, out, _ = cli("validate", write_recipe(adapter=adapter, training={"max_steps": 20}))
-    assert code == 2
-    assert "adapter.interval: 12 steps, but ranks are decided on in 12 steps only" in out
-    assert cli("validate", write_recipe(adapter=adapter, training={"max_steps": 40}))[0] == 0
-    default = {"method": "adalora"}  # only what is written can conflict
-    assert cli("validate", write_recipe(adapter=default, training={"max_steps": 8}))[0] == 0
-
-
 def test_what_an_export_fills_up_with_zeros_is_trained_again(write_recipe, cli, tmp_path: Path) -> None:
     """Where a row of A and a column of B are zero, all gradients are, for ever."""
     adapter = {"method": "adalora", "init_rank": 6, "target_rank": 2, "interval": 2, "targets": ["mlp"]}
