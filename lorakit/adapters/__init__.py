@@ -172,7 +172,7 @@ def in_dtype_of_base(layer: Any, given: tuple[Any, ...], output: Tensor) -> Tens
     tuners answer some of them in another, and what follows then computes otherwise than in the base model.
     """
     base, device = layer.get_base_layer(), output.device.type
-    if not isinstance(base, nn.Linear | Conv1D):
+    if not isinstance(base, nn.Linear | Conv1D) or not given:  # read by keyword, which no known model does
         return output
     cast = type(base) in (nn.Linear, Conv1D) and torch.is_autocast_enabled(device)
     return output.to(torch.get_autocast_dtype(device) if cast else given[0].dtype)
