@@ -4,10 +4,12 @@ network."""
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,38 @@ def load_script(name: str) -> Any:
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing in lorakit catches it but the bookkeeping of the failed run."""
+
+
+@contextmanager
+def killed_at(step: int) -> Iterator[None]:
+    """Within it a training dies when it has begun its `step`-th step, the first being 1."""
+    import lorakit.loop
+
+    real, calls = lorakit.loop.set_lr, []
+
+    def kill(optimizer: Any, lr: float) -> None:
+        calls.append(lr)
+        if len(calls) == step:
+            raise Killed
+        real(optimizer, lr)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lorakit.loop, "set_lr", kill)
+        with pytest.raises(Killed):
+            yield
+
+
+def as_a_kill_left_it(run: Path, copy: Path, step: int, later: int) -> None:
+    """A copy of a finished run as if it had been killed between its checkpoints of `step` and `later`."""
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "checkpoints" / f"step-{later:06d}")
+    shutil.rmtree(copy / "adapter")
+    record = json.loads((copy / "run.json").read_text())
+    (copy / "run.json").write_text(json.dumps(record | {"status": "running", "step": step}))
 
 
 @pytest.fixture(scope="session")

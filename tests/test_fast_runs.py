@@ -10,12 +10,12 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from lorakit import fast, loop
+from lorakit import fast
 from lorakit.fast import PATHS
 from lorakit.kernels import norm
-from tests.conftest import metrics
+from tests.conftest import killed_at, metrics
 from tests.test_ranks import torchrun, values, vector
-from tests.test_train import ADAPTER, Killed, same_but_time, sha
+from tests.test_train import ADAPTER, same_but_time, sha
 
 ADALORA = {
     "method": "adalora",
@@ -181,22 +181,6 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return runs
 
 
-def killed(cli: Callable[..., Any], path: Path, output: Path, at: int) -> None:
-    """A run that dies at step `at`, from 1."""
-    with pytest.MonkeyPatch.context() as patch:
-        real, calls = loop.set_lr, []
-
-        def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-            calls.append(lr)
-            if len(calls) == at:
-                raise Killed
-            real(optimizer, lr)
-
-        patch.setattr(loop, "set_lr", set_lr)
-        with pytest.raises(Killed):
-            cli("train", path, "--output", output)
-
-
 RESUMED: dict[str, dict[str, Any]] = {
     "packed": {"adapter": {"rank": 4, "dropout": 0.1}},
     "padded": {"adapter": {"rank": 4, "dropout": 0.1}, "data": {"packing": False}},
@@ -215,7 +199,8 @@ def test_a_resumed_run_ends_with_the_same_bits_and_no_second_guard(
     once = 0 if kind == "off" else 1
     assert cli("train", path, "--output", tmp_path / "straight")[0] == 0
     assert len(guarded) == once
-    killed(cli, path, tmp_path / "killed", at=6)
+    with killed_at(6):
+        cli("train", path, "--output", tmp_path / "killed")
     assert len(guarded) == 2 * once
     before = decided(tmp_path / "killed")
     code, _, err = cli("train", path, "--output", tmp_path / "killed", "--resume", "auto")
@@ -240,7 +225,8 @@ def test_a_path_that_was_switched_off_stays_off(
         code, _, err = cli("train", path, "--output", tmp_path / "straight")
         assert code == 0, err
         assert err.count("warning: norms in one step (fast path) is switched off: loss ") == 1
-        killed(cli, path, tmp_path / "killed", at=6)
+        with killed_at(6):
+            cli("train", path, "--output", tmp_path / "killed")
     assert {n: v["value"] for n, v in decided(tmp_path / "killed").items()} == {
         name: name != "fast.norm" for name in PATHS if name != "fast.attention"
     }
@@ -256,7 +242,8 @@ def test_a_path_that_was_switched_off_stays_off(
 def test_another_choice_is_another_recipe(recipe, cli, tmp_path: Path) -> None:
     """A run does not change its arithmetic half way."""
     path = recipe()
-    killed(cli, path, tmp_path / "run", at=6)
+    with killed_at(6):
+        cli("train", path, "--output", tmp_path / "run")
     code, _, err = cli("train", path, "--resume", "auto", "--set", "training.fast=off")
     assert code == 2
     assert "training.fast" in err

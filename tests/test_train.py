@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from lorakit import checkpoint
-from tests.conftest import metrics
+from tests.conftest import Killed, killed_at, metrics
 
 ADAPTER = "adapter/adapter_model.safetensors"
 
@@ -411,10 +411,6 @@ def resume_recipe(write_recipe, tiny: Path, **more):
     return write_recipe(**sections)
 
 
-class Killed(BaseException):
-    """Stands for a kill: nothing in lorakit catches it but the bookkeeping of the failed run."""
-
-
 RESUMED = {
     "lora": {},
     "full": {"adapter": {"method": "full"}},
@@ -435,27 +431,14 @@ KILLS = [(method, step) for method in RESUMED for step in ((5, 8, 11) if method 
 
 @pytest.mark.parametrize(("method", "kill_at"), KILLS)
 def test_a_resumed_run_ends_with_the_same_bits(
-    method: str, kill_at: int, write_recipe, cli, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, kill_at: int, write_recipe, cli, tiny: Path, tmp_path: Path
 ) -> None:
     recipe = resume_recipe(write_recipe, tiny, **RESUMED[method])
     product = "model/model.safetensors" if method in ("full", "part") else ADAPTER
     assert cli("train", recipe, "--output", tmp_path / "straight")[0] == 0
 
-    import lorakit.loop
-
-    real = lorakit.loop.set_lr
-    calls = []
-
-    def kill(optimizer, lr):
-        calls.append(lr)
-        if len(calls) == kill_at:
-            raise Killed
-        real(optimizer, lr)
-
-    monkeypatch.setattr(lorakit.loop, "set_lr", kill)
-    with pytest.raises(Killed):
+    with killed_at(kill_at):
         cli("train", recipe, "--output", tmp_path / "killed")
-    monkeypatch.undo()
     code, _, err = cli("train", recipe, "--output", tmp_path / "killed", "--resume", "auto")
     assert code == 0, err
     assert sha(tmp_path / "killed" / product) == sha(tmp_path / "straight" / product)

@@ -18,7 +18,7 @@ from lorakit.recipe.methods import DeltaLora, Lora, first_step
 from lorakit.shapes import Layer
 from lorakit.targets import Target, assign, select
 from tests import architectures
-from tests.conftest import metrics
+from tests.conftest import killed_at, metrics
 
 VOCABULARY, HIDDEN, OUT, RANK, ALPHA, RATIO = 11, 7, 9, 2, 5.0, 1.5
 SCALE = ALPHA / RANK
@@ -321,13 +321,9 @@ def test_a_schedule_without_steps_is_told_before_the_model_is_loaded(
     assert cli("validate", recipe)[0] == (2 if "max_steps" in steps else 0)
 
 
-class Killed(BaseException):
-    """Stands for a kill: nothing catches it."""
-
-
 @pytest.mark.parametrize("kill_at", [3, 6, 10])
 def test_a_resumed_run_ends_with_the_same_bits(
-    kill_at: int, write_recipe: Any, cli: Any, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kill_at: int, write_recipe: Any, cli: Any, tiny: Path, tmp_path: Path
 ) -> None:
     """W follows from step 5 on; killed before it, before the checkpoint that remembers it, and after."""
     recipe = write_recipe(
@@ -340,20 +336,8 @@ def test_a_resumed_run_ends_with_the_same_bits(
     code, _, err = cli("train", recipe, "--output", tmp_path / "straight")
     assert code == 0, err
 
-    import lorakit.loop
-
-    real, calls = lorakit.loop.set_lr, []
-
-    def kill(optimizer: Any, lr: float) -> None:
-        calls.append(lr)
-        if len(calls) == kill_at:
-            raise Killed
-        real(optimizer, lr)
-
-    monkeypatch.setattr(lorakit.loop, "set_lr", kill)
-    with pytest.raises(Killed):
+    with killed_at(kill_at):
         cli("train", recipe, "--output", tmp_path / "killed")
-    monkeypatch.undo()
     code, _, err = cli("train", recipe, "--output", tmp_path / "killed", "--resume", "auto")
     assert code == 0, err
     assert "from" in err

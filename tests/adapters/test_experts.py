@@ -26,7 +26,7 @@ from lorakit.recipe.methods import Lora
 from lorakit.report import parameters
 from lorakit.targets import assign, select, select_experts
 from tests import architectures
-from tests.conftest import metrics
+from tests.conftest import as_a_kill_left_it, metrics
 
 IDS = torch.arange(3, 15)[None]
 E, RANK = 4, 3
@@ -294,11 +294,7 @@ def test_a_run_on_experts_alone(recipe, cli, mixture: Path, tmp_path: Path) -> N
     assert changed == {key for key in before if ".experts." in key} and len(changed) == 2 * E * 3
 
     again = tmp_path / "again"
-    shutil.copytree(run, again)
-    shutil.rmtree(again / "checkpoints" / "step-000006")
-    shutil.rmtree(again / "adapter")
-    record = json.loads((again / "run.json").read_text())
-    (again / "run.json").write_text(json.dumps(record | {"status": "running", "step": 3}))
+    as_a_kill_left_it(run, again, step=3, later=6)
     code, _, err = cli("train", path, "--output", again, "--resume", "auto")
     assert code == 0, err
     file = "adapter/adapter_model.safetensors"

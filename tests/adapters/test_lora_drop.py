@@ -24,7 +24,7 @@ from lorakit.recipe.methods import LoraDrop
 from lorakit.shapes import Layer
 from lorakit.targets import Target, select
 from tests import architectures
-from tests.conftest import metrics
+from tests.conftest import killed_at, metrics
 
 IDS = torch.arange(3, 15)[None]
 FILE = "adapter/adapter_model.safetensors"
@@ -355,32 +355,14 @@ def test_the_layout_of_rows_and_the_fast_paths_change_no_decision(
     assert found["padded"] == pytest.approx(found["plain"], rel=1e-3)
 
 
-class Killed(BaseException):
-    """Stands for a kill: nothing catches it."""
-
-
 @pytest.mark.parametrize("kill_at", [3, 7, 10])
-def test_a_resumed_run_ends_with_the_same_bits(
-    kill_at: int, recipe: Any, cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resumed_run_ends_with_the_same_bits(kill_at: int, recipe: Any, cli: Any, tmp_path: Path) -> None:
     """Killed in the probe (5 steps), when its result alone is saved, and later on."""
     path = recipe()
     assert cli("train", path, "--output", tmp_path / "straight")[0] == 0
 
-    import lorakit.loop
-
-    real, calls = lorakit.loop.set_lr, []
-
-    def kill(optimizer: Any, lr: float) -> None:
-        calls.append(lr)
-        if len(calls) == kill_at:
-            raise Killed
-        real(optimizer, lr)
-
-    monkeypatch.setattr(lorakit.loop, "set_lr", kill)
-    with pytest.raises(Killed):
+    with killed_at(kill_at):
         cli("train", path, "--output", tmp_path / "killed")
-    monkeypatch.undo()
     saved = [folder.name for folder in (tmp_path / "killed").glob("checkpoints/*")]
     assert saved == {3: [], 7: ["step-000000"]}.get(kill_at, saved)
     code, _, err = cli("train", path, "--output", tmp_path / "killed", "--resume", "auto")

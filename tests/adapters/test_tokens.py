@@ -29,7 +29,7 @@ from lorakit.targets import Target, select, select_rows
 from lorakit.tasks import Objective
 from lorakit.tokenizer import token_ids
 from tests import architectures
-from tests.conftest import metrics
+from tests.conftest import as_a_kill_left_it, metrics
 
 IDS = torch.tensor([[7, 3, 9, 5, 3, 11, 4, 5, 8]])
 ROWS = [5, 3]  # not in order: the order of the recipe is the order in the file
@@ -272,11 +272,7 @@ def test_a_run(recipe, cli, tiny: Path, tied_model: Path, tied: bool, tmp_path: 
     assert moved == [3, 4, 20]
 
     again = tmp_path / "again"
-    shutil.copytree(run, again)
-    shutil.rmtree(again / "checkpoints" / "step-000006")
-    shutil.rmtree(again / "adapter")
-    record = json.loads((again / "run.json").read_text())
-    (again / "run.json").write_text(json.dumps(record | {"status": "running", "step": 3}))
+    as_a_kill_left_it(run, again, step=3, later=6)
     code, _, err = cli("train", path, "--output", again, "--resume", "auto")
     assert code == 0, err
     file = "adapter/adapter_model.safetensors"

@@ -5,7 +5,6 @@ The oracles are the paper's equation, PEFT's own VeRA on an fp32 model, and publ
 
 import json
 import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from lorakit.recipe.methods import Vera
 from lorakit.recipe.traits import TRAITS
 from lorakit.targets import Target, select
 from tests import architectures
-from tests.conftest import metrics
+from tests.conftest import as_a_kill_left_it, metrics
 
 IDS = torch.arange(3, 15)[None]
 SEED = 5
@@ -303,11 +302,7 @@ def test_a_run_learns_counts_ships_and_merges(recipe, cli, tiny: Path, tmp_path:
 def test_a_run_that_was_stopped_ends_with_the_same_bits(recipe, cli, tmp_path: Path) -> None:
     assert cli("train", recipe())[0] == 0
     run, copy = tmp_path / "run", tmp_path / "copy"
-    shutil.copytree(run, copy)
-    shutil.rmtree(copy / "checkpoints" / "step-000010")
-    shutil.rmtree(copy / "adapter")
-    record = json.loads((copy / "run.json").read_text())
-    (copy / "run.json").write_text(json.dumps(record | {"status": "running", "step": 5}))
+    as_a_kill_left_it(run, copy, step=5, later=10)
     code, _, err = cli("train", recipe(), "--output", copy, "--resume", "auto")
     assert code == 0, err
     assert [line["step"] for line in metrics(copy)] == [line["step"] for line in metrics(run)]
