@@ -134,8 +134,7 @@ def first_line(error: Exception) -> str:
 
 def _wrong_type(kind: str) -> str:
     if kind in REFUSED:
-        own = "write" in REFUSED[kind]
-        return f"{kind}: {REFUSED[kind]}" if own else f"{kind} is not trained here: {REFUSED[kind]}"
+        return f"{kind} is not for method peft: {REFUSED[kind]}"
     if find_spec("peft") is None:
         return "PEFT is not installed: pip install peft"
     from peft import PeftType
