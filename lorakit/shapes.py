@@ -56,12 +56,8 @@ class Shapes:
     def aliases(self) -> dict[str, str]:
         """Parameter that is another one -> that other: the weight of a head that is the embedding's."""
         head = next((layer for layer in self.layers if layer.role == "head"), None)
-        if head is None or not self.tied:
-            return {}
-        twins = (layer.name for layer in self.layers if layer.kind == "embedding")
-        sizes = {layer.name: layer.in_features for layer in self.layers}
-        twin = next((name for name in twins if sizes[name] == head.out_features), None)
-        return {f"{head.name}.weight": f"{twin}.weight"} if twin else {}
+        table = embedding_of(self.layers)
+        return {head.weight: table.weight} if self.tied and head and table else {}
 
     @property
     def experts(self) -> tuple[str, ...]:
