@@ -20,7 +20,7 @@ from lorakit.recipe.methods import Lora, LoraFa
 from lorakit.recipe.traits import TRAITS
 from lorakit.targets import assign, select
 from tests import architectures
-from tests.test_fast_runs import killed
+from tests.conftest import killed_at
 
 IDS = torch.arange(3, 60)[None]
 
@@ -160,7 +160,8 @@ def test_a_run_leaves_a_as_it_was_drawn_and_resumes_to_the_same_bits(
     assert sum(".lora_A." in name for name in tensors) == sum(".lora_B." in name for name in tensors) > 0
 
     recipe = write_recipe(adapter=section, checkpoint={"every": 2}, optimizer={"lr": 1e-2})
-    killed(cli, recipe, tmp_path / "part", at=4)
+    with killed_at(4):
+        cli("train", recipe, "--output", tmp_path / "part")
     assert cli("train", recipe, "--output", tmp_path / "part", "--resume", "auto")[0] == 0
     file = "adapter/adapter_model.safetensors"
     assert (tmp_path / "part" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
