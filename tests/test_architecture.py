@@ -39,7 +39,7 @@ LEVELS = [
     {"__main__"},
 ]
 LEVEL = {name: number for number, row in enumerate(LEVELS) for name in row}
-PACKAGES = {"recipe", "kernels", "data", "adapters", "tasks", "optim"}
+PACKAGES = {"recipe", "kernels", "data", "adapters", "tasks", "optim", "cli"}
 
 
 def parts(path: Path) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lorakit import cli
+from lorakit.cli.app import load
 from lorakit.errors import LorakitError, RecipeError
 from lorakit.recipe import Recipe, load_recipe, source
 from lorakit.recipe.source import Source
@@ -644,7 +644,7 @@ def test_a_path_of_set_is_relative_to_the_current_directory(here: Path) -> None:
 @pytest.mark.parametrize("name", ["läufe/größe", "実行 😀", "run: #1", "12", "null", "a\\b"])
 def test_the_output_option_takes_any_name_as_it_is(name: str) -> None:
     Path("r.yaml").write_text("model: {path: o/m}\ndata: {train: o/d}\noutput: o\n")
-    assert cli._load(Path("r.yaml"), None, Path(name)).output == name
+    assert load(Path("r.yaml"), None, Path(name)).output == name
 
 
 def test_problems_of_the_file_and_of_set_come_out_together() -> None:
