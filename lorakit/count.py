@@ -18,7 +18,7 @@ from lorakit.errors import LorakitError, RecipeError
 from lorakit.plan import check_kind_of_start, check_start, choose_targets
 from lorakit.recipe import Recipe, default_recipe, is_hub_id, load_recipe
 from lorakit.recipe.model import Model
-from lorakit.recipe.traits import TRAITS
+from lorakit.recipe.traits import TRAITS, init_of, is_exported, num_pairs
 from lorakit.shapes import Shapes
 from lorakit.targets import Target, modules_above, select_modules, select_parameters, select_rows
 
@@ -108,7 +108,7 @@ def _of_recipe(recipe: Recipe, remark: str = "") -> Count:
         rank = f", continued from {section.start_from}"
     told = f"{section.method}{rank}{remark}"
     about = [("model", f"{recipe.model.path}: {shapes.num_parameters:,} parameters"), ("adapter", told)]
-    if decided := TRAITS[section.method].data_decide:
+    if decided := TRAITS[section.method].data_decide or init_of(section).data_decide:
         about.append(("counted", decided))
     if size := _shipped_bytes(section, entries):
         most = "at most " if section.method == "adalora" else ""
@@ -122,13 +122,12 @@ def _of_recipe(recipe: Recipe, remark: str = "") -> Count:
 def _shipped_bytes(section: Any, entries: Sequence[Entry]) -> int:
     """Bytes of adapter/ in fp32 where it holds more than is trained: the A and B of a LoRA, filled up to one
     rank where the method is exported; else 0."""
-    if not TRAITS[section.method].exported and section.method != "lora-fa":
+    if not is_exported(section) and section.method != "lora-fa":
         return 0
-    pairs = 2 if section.method == "delta-lora" and section.start else 1  # B_K A_K beside B A
-    largest = max(entry["rank"] for entry in entries) if TRAITS[section.method].exported else 0
+    largest = max(entry["rank"] for entry in entries) if is_exported(section) else 0
     factors: int = sum((largest or e["rank"]) * (e["in"] + e["out"]) for e in entries if e["rank"])
     whole: int = sum(entry["trainable"] for entry in entries if not entry["rank"])
-    return 4 * (pairs * factors + whole)
+    return 4 * (num_pairs(section) * factors + whole)
 
 
 def _of_base_weights(recipe: Recipe, shapes: Shapes) -> list[Entry]:

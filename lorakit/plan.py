@@ -18,7 +18,7 @@ from lorakit.recipe.data import files_of, is_template, sources
 from lorakit.recipe.methods import auto_alpha
 from lorakit.recipe.optimizer import LORA_PLUS
 from lorakit.recipe.task import TRAIN_ON
-from lorakit.recipe.traits import TRAITS
+from lorakit.recipe.traits import TRAITS, init_of
 from lorakit.shapes import Layer
 from lorakit.targets import Target, assign, select, select_experts, twice
 
@@ -158,15 +158,17 @@ def _assigned(section: Any, layers: Sequence[Layer]) -> tuple[list[Target], list
 
 
 def _refused(section: Any, layers: Sequence[Layer]) -> list[tuple[str, str]]:
-    """(field, message) of the first layer of a kind that the method cannot adapt."""
+    """(field, message) of the first layer of a kind that the method, or its init, cannot adapt."""
     tuner = section.type if section.method == "peft" else ""
     refuses = peft_types.refuses(tuner) if tuner else TRAITS[section.method].refuses
-    odd = next((layer for layer in layers if layer.kind in refuses), None)
-    if odd is None:
-        return []
-    kind = "an embedding" if odd.kind == "embedding" else f"a {odd.kind} layer"
-    message = f"{odd.name} is {kind}, which {tuner or section.method} cannot adapt: {refuses[odd.kind]}"
-    return [("adapter.targets", message)]
+    init = f"init: {getattr(section, 'init', '')}"
+    of_init = ("init", init, init_of(section).refuses)
+    for field, what, why in (("targets", tuner or section.method, refuses), of_init):
+        if odd := next((layer for layer in layers if layer.kind in why), None):
+            kind = "an embedding" if odd.kind == "embedding" else f"a {odd.kind} layer"
+            message = f"{odd.name} is {kind}, which {what} cannot adapt: {why[odd.kind]}"
+            return [(f"adapter.{field}", message)]
+    return []
 
 
 def _without_effect(recipe: Recipe, targets: Sequence[Target]) -> list[tuple[str, str]]:

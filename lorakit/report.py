@@ -14,7 +14,7 @@ from lorakit.adapters import Adapter, Role, Trained
 from lorakit.picture import RANKS, column_names, rank_cells
 from lorakit.plan import Plan
 from lorakit.recipe import Recipe
-from lorakit.recipe.traits import TRAITS
+from lorakit.recipe.traits import is_exported
 from lorakit.targets import modules_above
 from lorakit.terminal import harmless
 
@@ -132,7 +132,7 @@ def model_card(recipe: Recipe, plan: Plan, params: dict[str, Any], scores: dict[
     path = recipe.model.path
     name = path.rsplit("/", 1)[-1] if path.startswith("/") else path
     full = recipe.adapter.method == "full"
-    exported = TRAITS[recipe.adapter.method].exported
+    exported = is_exported(recipe.adapter)
     tag = getattr(recipe.adapter, "type", "lora").lower()
     library, tags = ("transformers", "[lorakit]") if full else ("peft", f"[{tag}, lorakit]")
     front = ["---", f"base_model: {json.dumps(name)}", f"library_name: {library}", f"tags: {tags}", "---", ""]

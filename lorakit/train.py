@@ -83,8 +83,8 @@ def _train(
     if record:
         runs.check_facts(record, facts)
     continued = continue_from(resume, output, record)
-    probing = adapter.looks_at_data and continued is None
-    if probing:
+    preparing = adapter.prepares and continued is None
+    if preparing:
         adapter.prepare(RunProbe(ready, recipe, ranks))
     optimizer, state = restore(continued, adapter, recipe.optimizer)
     params = report.parameters(adapter, ready.num_base)
@@ -132,7 +132,7 @@ def _train(
     )
     if recipe.log.trackers:
         ranks.init_trackers(output.name)
-    if probing:
+    if preparing:
         writer.checkpoint(state)
     stop.arm()
     with writer.shown(state):

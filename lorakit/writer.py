@@ -27,7 +27,7 @@ from lorakit.errors import LorakitError, RunError
 from lorakit.loop import NotFinite, TrainState
 from lorakit.plan import Plan
 from lorakit.recipe import Recipe, comparable, dump, fingerprint
-from lorakit.recipe.traits import TRAITS
+from lorakit.recipe.traits import is_exported, num_pairs
 from lorakit.terminal import progress, say
 
 # ------------------------------------------------------------------------------------------------------------
@@ -173,13 +173,12 @@ def disk_needed(recipe: Recipe, adapter: Adapter, num_total: int) -> int:
     moments = 8 * sum(item.parameter.numel() for item in trained)
     if section.method == "full":
         written = 4 * num_total
-    elif not TRAITS[section.method].exported:
+    elif not is_exported(section):
         written = state
     else:
-        pairs = 2 if section.method == "delta-lora" and section.start else 1
         sides = sum(target.layer.in_features + target.layer.out_features for target in adapter.targets)
         whole = sum(item.parameter.numel() for item in trained if item.role is Role.HEAD)
-        written = 4 * (pairs * max(adapter.ranks().values()) * sides + whole)
+        written = 4 * (num_pairs(section) * max(adapter.ranks().values()) * sides + whole)
     return (recipe.checkpoint.keep + 1) * (state + moments) + 2 * written + (1 << 20)
 
 

@@ -81,13 +81,14 @@ class Adapter(Protocol):
 
     targets: tuple[Target, ...]  # the adapted layers with their rank and alpha; empty for full fine-tuning
     moves_ranks: bool = False  # whether training decides the ranks
-    looks_at_data: bool = False  # whether prepare() does anything; its result is checkpoint 0
+    prepares: bool = False  # whether prepare() does anything; its result is checkpoint 0
 
     def trained(self) -> list[Trained]:
         """Every parameter that moves, in a fixed order."""
 
     def prepare(self, probe: Probe) -> None:
-        """Decides before step 0 what the data must decide; trained() may be another afterwards."""
+        """Decides before step 0 what the data or the weights must decide; trained() may be another
+        afterwards."""
         return None
 
     def try_out(self, model: Any, autocast: Callable[[], AbstractContextManager[Any]]) -> None:

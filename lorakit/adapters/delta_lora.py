@@ -29,15 +29,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorakit.adapters import Adapter, Role, Trained, copy_into
 from lorakit.adapters.lora import LoraAdapter
 from lorakit.adapters.lora_files import write_plain
+from lorakit.adapters.pairs import NAME, activate, add_frozen, factors
 from lorakit.recipe.methods import DeltaLora, first_step
 from lorakit.targets import Target
 
-_NOW, _BEFORE = "default", "before"  # of PEFT's layers: the adapter of B A, and that of B_K A_K
+_BEFORE = "before"  # the adapter of B_K A_K
 
 
 class DeltaLoraAdapter(Adapter):
@@ -57,9 +58,9 @@ class DeltaLoraAdapter(Adapter):
         self.items = self.lora.trained()
         base = self.lora.peft.get_base_model()
         self.layers: dict[str, Any] = {t.layer.name: base.get_submodule(t.layer.name) for t in targets}
-        self.scales = {name: layer.scaling[_NOW] for name, layer in self.layers.items()}  # s
+        self.scales = {name: layer.scaling[NAME] for name, layer in self.layers.items()}  # s
         for name, layer in self.layers.items() if self.start else ():  # at 0 B A is zero: nothing to remember
-            _add_before(layer, -self.ratio * self.scales[name])
+            add_frozen(layer, _BEFORE, -self.ratio * self.scales[name])
         self.following = torch.tensor([self.start == 0], dtype=torch.uint8)
         self._activate()
 
@@ -79,7 +80,7 @@ class DeltaLoraAdapter(Adapter):
             return
         with torch.no_grad():
             for layer in self.layers.values():
-                for before, now in zip(factors(layer, _BEFORE), factors(layer, _NOW), strict=True):
+                for before, now in zip(factors(layer, _BEFORE), factors(layer), strict=True):
                     before.copy_(now)
         self.following.fill_(1)
         self._activate()
@@ -107,8 +108,8 @@ class DeltaLoraAdapter(Adapter):
         """Plain LoRA, exactly: of rank 2r, or r where W does not follow yet or did from the start."""
         found = {}
         for name, layer in self.layers.items():
-            a, b = (factor.detach() for factor in factors(layer, _NOW))
-            b = layer.scaling[_NOW] * b
+            a, b = (factor.detach() for factor in factors(layer))
+            b = layer.scaling[NAME] * b
             if self.following and self.start:
                 a_before, b_before = (factor.detach() for factor in factors(layer, _BEFORE))
                 a, b = torch.cat([a, a_before]), torch.cat([b, layer.scaling[_BEFORE] * b_before], dim=1)
@@ -119,28 +120,6 @@ class DeltaLoraAdapter(Adapter):
         """The terms that count now, with gradients for A and B alone."""
         follows = bool(self.following)
         for name, layer in self.layers.items():
-            layer.scaling[_NOW] = self.scales[name] * (1 + self.ratio if follows else 1)
+            layer.scaling[NAME] = self.scales[name] * (1 + self.ratio if follows else 1)
             if self.start:
-                layer.set_adapter([_NOW, _BEFORE] if follows else [_NOW])
-                for frozen in factors(layer, _BEFORE):
-                    frozen.requires_grad_(False)
-
-
-def factors(layer: Any, name: str) -> tuple[nn.Parameter, nn.Parameter]:
-    """A and B of the adapter `name` of one of PEFT's layers."""
-    if name in layer.lora_embedding_A:
-        return layer.lora_embedding_A[name], layer.lora_embedding_B[name]
-    return layer.lora_A[name].weight, layer.lora_B[name].weight
-
-
-def _add_before(layer: Any, scale: float) -> None:
-    """The frozen adapter of B_K A_K on one of PEFT's layers, zero until K."""
-    frozen = [nn.Parameter(torch.zeros_like(p.data), requires_grad=False) for p in factors(layer, _NOW)]
-    layer.scaling[_BEFORE], layer.lora_dropout[_BEFORE] = scale, nn.Identity()
-    layer.r[_BEFORE], layer.lora_alpha[_BEFORE] = len(frozen[0]), scale * len(frozen[0])
-    if _NOW in layer.lora_embedding_A:
-        layer.lora_embedding_A[_BEFORE], layer.lora_embedding_B[_BEFORE] = frozen
-        return
-    for modules, weight in zip((layer.lora_A, layer.lora_B), frozen, strict=True):
-        modules[_BEFORE] = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        modules[_BEFORE].weight = weight
+                activate(layer, *([_BEFORE] if follows else []))

@@ -37,13 +37,16 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor
 
-from lorakit.adapters import Adapter, Role, Trained, base_alone, copy_into
-from lorakit.adapters.lora_files import config_as_json, lora_config, write_adapter
+from lorakit.adapters import Adapter, Probe, Role, Trained, base_alone, copy_into, inits
+from lorakit.adapters.lora_files import config_as_json, lora_config, write_adapter, write_plain
+from lorakit.adapters.pairs import NAME, activate, add_frozen, base_matrix, factors
 from lorakit.errors import LorakitError
 from lorakit.recipe.methods import DeltaLora, Dora, Lora, LoraDrop, LoraFa
+from lorakit.recipe.traits import init_of
 from lorakit.targets import Target
+from lorakit.terminal import progress
 
-_INIT: dict[str, bool | str] = {"default": True, "gaussian": "gaussian"}
+_START = "start"  # the adapter of B_0 A_0, where it is taken away (inits.py)
 
 
 class LoraAdapter(Adapter):
@@ -58,18 +61,21 @@ class LoraAdapter(Adapter):
     ) -> None:
         """Attaches in place: `model` computes with the adapter from here on. `tokens`: rows of the input
         embedding that are trained."""
-        self.targets = tuple(targets)
+        self.section, self.targets, self.train_also = section, tuple(targets), list(train_also)
+        self.seed, self.init = seed, init_of(section)
+        self.prepares = self.init.prepared
         # get_peft_model draws A (and an Embedding's B) from the global generator, on the layer's device.
         torch.manual_seed(seed)
         stabilized = section.scaling == "rank_stabilized"
         dropout, dora = getattr(section, "dropout", 0.0), section.method == "dora"
         rows = {_embedding(model): tokens} if tokens else None
-        config = lora_config(self.targets, train_also, dropout, stabilized, _INIT[section.init], dora, rows)
+        drawn = "gaussian" if section.init == "gaussian" else True
+        config = lora_config(self.targets, train_also, dropout, stabilized, drawn, dora, rows)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # fan_in_fan_out of Conv1D, tied weights: decided and tested here
             self.peft: PeftModel = get_peft_model(model, config)
-        modules = self.peft.get_base_model().named_modules()
-        self._wrapped = {name: m for name, m in modules if isinstance(m, ParamWrapper)}
+        modules = dict(self.peft.get_base_model().named_modules())
+        self._wrapped = {name: m for name, m in modules.items() if isinstance(m, ParamWrapper)}
         adapted = {item.layer for item in self.trained() if item.role is not Role.HEAD}
         assert adapted == {target.layer.name for target in targets}, (
             "PEFT adapted other layers than it was told"
@@ -78,6 +84,12 @@ class LoraAdapter(Adapter):
             trained.parameter.data = trained.parameter.data.float()
         if section.method == "dora":
             self._measure_rows()
+        names = [target.layer.name for target in targets if target.layer.kind != "experts"]
+        self.layers: dict[str, Any] = {name: modules[name] for name in names}
+        if self.init.pairs == 2:
+            for layer in self.layers.values():
+                add_frozen(layer, _START, -layer.scaling[NAME])
+                activate(layer, _START)
 
     def _measure_rows(self) -> None:
         """m as the lengths of the base's rows in fp32; PEFT takes them in the base's dtype.
@@ -117,22 +129,56 @@ class LoraAdapter(Adapter):
             return f"{module}.{parameter}"
         return place if found else ""
 
+    @torch.no_grad()
+    def prepare(self, probe: Probe) -> None:
+        """A and B from the weights, where `init` says so; the base's weights stay as they are."""
+        assert isinstance(self.section, Lora)
+        with progress() as display:
+            bar = display.add_task(self.section.init, total=len(self.layers))
+            for layer in self.layers.values():
+                rank, scale = layer.r[NAME], layer.scaling[NAME]
+                found = inits.from_weight(self.section, base_matrix(layer), rank, scale, self.seed)
+                for name in (NAME, _START):
+                    for factor, values in zip(factors(layer, name), found, strict=True):
+                        factor.copy_(values)
+                display.advance(bar)
+
     def disabled(self) -> AbstractContextManager[None]:
         return base_alone(self.peft)
 
     def state(self) -> dict[str, Tensor]:
+        """A and B, what is trained beside them, and what is taken away where the start is (inits.py)."""
         tensors: dict[str, Tensor] = get_peft_model_state_dict(self.peft, save_embedding_layers=False)
-        return tensors
+        started = {
+            f"start|{name}|{factor}": tensor.detach()
+            for name, layer in self.layers.items()
+            if self.init.pairs == 2
+            for factor, tensor in zip("AB", factors(layer, _START), strict=True)
+        }
+        # PEFT's own names for these hold for no file: it lists every adapter's, whichever it is asked for.
+        return {name: t for name, t in tensors.items() if f".{_START}." not in name} | started
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         with torch.no_grad():
             copy_into(tensors, self.state(), "the adapter")
 
     def config(self, base_name: str) -> dict[str, Any]:
-        return config_as_json(self.peft.peft_config["default"], base_name)
+        if self.init.pairs == 2:
+            return {}
+        return config_as_json(self.peft.peft_config[NAME], base_name)
 
     def write(self, folder: Path, base_name: str) -> None:
-        write_adapter(folder, self.config(base_name), self.state())
+        """As PEFT writes it; as one plain LoRA where that is not all (`init` is exported)."""
+        if not self.init.exported:
+            write_adapter(folder, self.config(base_name), self.state())
+            return
+        names = (NAME, _START)[: self.init.pairs]
+        found = {}
+        for name, layer in self.layers.items():
+            pairs = [(layer.scaling[each], *factors(layer, each)) for each in names]
+            a = torch.cat([a.detach() for _, a, _ in pairs])
+            found[name] = a, torch.cat([scale * b.detach() for scale, _, b in pairs], dim=1)
+        write_plain(folder, self, found, self.train_also, base_name)
 
 
 def _lengths_of_columns(weight: Tensor, lora_weight: Tensor, scaling: float, **_: Any) -> Tensor:

@@ -80,7 +80,7 @@ def shared(targets: Sequence[Target], kept: Sequence[bool]) -> dict[str, str]:
 
 
 class LoraDropAdapter(Adapter):
-    looks_at_data = True
+    prepares = True
 
     def __init__(
         self,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Discriminator, Tag
 
+from lorakit.recipe.inits import INITS
 from lorakit.recipe.methods import AdaLora, Lora, Method, first_step, phases
 from lorakit.recipe.peft_types import problems_of
 from lorakit.recipe.section import Conflicts, Written
@@ -39,6 +40,7 @@ def conflicts(recipe: Any, written: Written) -> Conflicts:
         yield "adapter.init", "has no effect with start_from: the weights come from there; delete it"
     if adapter.method == "lora":
         yield from _lora_conflicts(adapter, written)
+        yield from _init_conflicts(recipe, written)
     if adapter.method == "full" and written("model.dtype") == "bf16":
         yield "model.dtype", "full fine-tuning updates fp32 weights (bf16 loses small updates); delete it"
     elif adapter.method == "adalora":
@@ -70,6 +72,26 @@ def _lora_conflicts(adapter: Lora, written: Written) -> Conflicts:
         yield "adapter.targets", "must not be empty"
     if adapter.target_parameters and adapter.dropout > 0:
         yield "adapter.dropout", f"experts cannot have it (target_parameters): {NO_DROPOUT}"
+
+
+def _init_conflicts(recipe: Any, written: Written) -> Conflicts:
+    """Of how a LoRA starts."""
+    adapter, held = recipe.adapter, recipe.model.quantize
+    init, name = INITS[adapter.init], adapter.init
+    for other, field in ((other, field) for other, traits in INITS.items() for field in traits.fields):
+        if field not in init.fields and written(f"adapter.{field}") is not None:
+            yield f"adapter.{field}", f"has no effect with init: {name} (it is {other}'s); delete it"
+    there = {
+        "unquantized" if held == "none" else "quantized": True,
+        "dropout": adapter.dropout > 0,
+    }
+    for kind in (kind for kind, is_there in there.items() if is_there and kind in init.refuses):
+        field = "adapter.dropout" if kind == "dropout" else "adapter.init"
+        yield field, f"init: {name} cannot be had here: {init.refuses[kind].format(held)}"
+    if init.exported and adapter.train_tokens:
+        yield "adapter.train_tokens", f"init: {name} writes a plain LoRA, which holds no rows"
+    if "probe" in init.fields and recipe.data.streaming:
+        yield "data.streaming", f"init: {name} needs rows to look at before step 0; a stream has none"
 
 
 def _adalora_conflicts(adapter: AdaLora, written: Written) -> Conflicts:

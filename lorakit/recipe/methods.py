@@ -11,6 +11,7 @@ Rank = Annotated[int, Field(ge=1, le=65536)]
 Pattern = Annotated[str, Field(min_length=1)]
 Alpha = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Inits = Literal["default", "gaussian", "orthogonal", "pissa", "olora", "eva", "loftq"]  # see inits.py
 Targets = Pattern | Annotated[tuple[Pattern, ...], Field(min_length=1)]
 
 
@@ -52,9 +53,9 @@ class _Product(_Layers):
     scaling: Literal["standard", "rank_stabilized"] = "standard"
     """standard: alpha / rank. rank_stabilized: alpha / sqrt(rank), arXiv 2312.03732."""
 
-    init: Literal["default", "gaussian"] = "default"
-    """How A starts (B is zero). default: Kaiming-uniform; gaussian: N(0, 1/rank^2). An embedding starts with
-    A at zero and B at N(0, 1)."""
+    init: Literal["default", "gaussian", "orthogonal"] = "default"
+    """How A starts (B is zero). default: Kaiming-uniform; gaussian: N(0, 1/rank^2); orthogonal: rows that are
+    orthogonal, of the default's length. An embedding starts with A at zero and B at N(0, 1)."""
 
 
 class _Factors(_Product):
@@ -91,6 +92,22 @@ class Lora(_Factors):
 
     dropout: Share = 0.0
     """Share of the adapter's input features set to zero in training; embeddings have none."""
+
+    init: Inits = "default"  # type: ignore[assignment]  # more than the other methods have
+    """How A and B start. default: A Kaiming-uniform, B zero; gaussian: A N(0, 1/rank^2); orthogonal: rows of
+    A that are orthogonal; pissa, olora: the strongest part of the weight, by singular values or a QR
+    decomposition; eva: A from the layer's inputs, and ranks where they explain most; loftq: what quantization
+    took from the weight."""
+
+    init_svd: Literal["exact", "fast"] = "exact"
+    """Of pissa. exact: all singular values (minutes for 7B parameters); fast: the strongest by a randomised
+    method, of which the rest of the weight keeps a little."""
+
+    probe: Annotated[float, Field(gt=0, lt=1)] | Annotated[int, Field(ge=1)] = 0.1
+    """Samples that eva looks at: below 1 a share of all, from 1 a number of samples."""
+
+    rank_spread: Annotated[float, Field(ge=1)] = 2.0
+    """Of eva: no layer's rank gets above so many times `rank` (rho of its paper); 1: all stay equal."""
 
     start_from: str | None = None
     """Directory of an adapter to continue from, with a fresh optimizer; rank, alpha, targets come from it."""

@@ -4,7 +4,9 @@ README and the matrix of tests read. In: I, out: O, rank: R.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+from lorakit.recipe.inits import INITS, Init
 from lorakit.recipe.methods import (
     AdaLora,
     DeltaLora,
@@ -135,3 +137,18 @@ TRAITS: dict[str, Traits] = {
         any_rank=True,
     ),
 }
+
+
+def init_of(section: Any) -> Init:
+    """What can be told of how a section's factors start."""
+    return INITS[getattr(section, "init", "default")]
+
+
+def is_exported(section: Any) -> bool:
+    """Whether the run writes plain LoRA instead of what it trains."""
+    return TRAITS[section.method].exported or init_of(section).exported
+
+
+def num_pairs(section: Any) -> int:
+    """Pairs of A and B that a layer has in the files: one more where an earlier one is taken away."""
+    return 2 if section.method == "delta-lora" and section.start else init_of(section).pairs

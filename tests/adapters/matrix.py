@@ -260,7 +260,7 @@ class Attached:
     ) -> "Attached":
         """All steps, or those after the checkpoint `resume`; `checkpoints`: where one is written per step."""
         ranks, self.checkpoints = self.bench.ranks, checkpoints
-        if self.adapter.looks_at_data and resume is None:
+        if self.adapter.prepares and resume is None:
             plan = {"training.micro_batch_tokens": micro_batch_tokens, "data.packing": False}
             rows = SimpleNamespace(tokens=samples())
             parts = {"adapter": self.adapter, "objective": self.objective, "autocast": self.autocast}

@@ -1,0 +1,49 @@
+"""The pairs A, B of one of PEFT's LoRA layers, by the name of their adapter: several on a layer add up.
+
+A is (rank, in), B is (out, rank); for an Embedding A is (rank, vocabulary).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+NAME = "default"  # the adapter that is trained
+
+
+def factors(layer: Any, name: str = NAME) -> tuple[nn.Parameter, nn.Parameter]:
+    """A and B of the adapter `name`."""
+    if name in layer.lora_embedding_A:
+        return layer.lora_embedding_A[name], layer.lora_embedding_B[name]
+    return layer.lora_A[name].weight, layer.lora_B[name].weight
+
+
+def add_frozen(layer: Any, name: str, scale: float) -> None:
+    """Another adapter, as large as that which is trained, that is zero and never trained. It counts once
+    activate() names it."""
+    frozen = [nn.Parameter(torch.zeros_like(p.data), requires_grad=False) for p in factors(layer)]
+    layer.scaling[name], layer.lora_dropout[name] = scale, nn.Identity()
+    layer.r[name], layer.lora_alpha[name] = len(frozen[0]), scale * len(frozen[0])
+    if NAME in layer.lora_embedding_A:
+        layer.lora_embedding_A[name], layer.lora_embedding_B[name] = frozen
+        return
+    for modules, weight in zip((layer.lora_A, layer.lora_B), frozen, strict=True):
+        modules[name] = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        modules[name].weight = weight
+
+
+def activate(layer: Any, *frozen: str) -> None:
+    """The adapter that is trained counts, and those called `frozen` beside it, which get no gradients."""
+    layer.set_adapter([NAME, *frozen])
+    for name in frozen:
+        for factor in factors(layer, name):
+            factor.requires_grad_(False)
+
+
+def base_matrix(layer: Any) -> Tensor:
+    """(out, in): the weight of an unquantized base layer, in fp32 or better."""
+    base = layer.get_base_layer()
+    weight: Tensor = base.weight.detach()
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    return wide.T if isinstance(base, Conv1D) else wide
