@@ -1,4 +1,5 @@
-"""Ranks as a picture: a heat map, layer by module, of a run whose method decides where its ranks go.
+"""Numbers of layers as a picture: a heat map, layer by module. Of a run whose method decides where its ranks
+go, the ranks; of any adapter, how far it moved each weight.
 
 SVG written by hand: nothing to install, no script, no font but the reader's own, nothing of it elsewhere. It
 paints its own ground, light or dark as the reader's system is. Layers are rows, one below the other, and the
@@ -6,6 +7,7 @@ names of the columns come again every REPEAT rows, so that hundreds of layers re
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 from xml.sax.saxutils import escape
 
@@ -20,7 +22,7 @@ RANKS = "ranks.svg"  # its name in a run
 HEIGHT, GAP, MARGIN = 20, 2, 16
 LETTER = 7.4  # the widest that a system's letters of 12 px come out at on average
 REPEAT = 40  # rows between two lines of names
-LEGEND = 9  # ranks in the legend, at most
+LEGEND = 9  # squares in the legend, at most
 
 RAMP = ((0.0, (226, 238, 249)), (0.5, (74, 144, 205)), (1.0, (8, 48, 107)))
 BLACK_FROM = 0.18  # luminance from which black reads better than white: at least 4.5 : 1 on either side
@@ -42,25 +44,30 @@ text.white { fill: #ffffff }"""
 
 def rank_cells(params: Mapping[str, Any]) -> Cells:
     """The layers whose ranks the method decides, by layer number and name within the layer, in the order of
-    params.json. Where a model has several stacks of layers, the stack's name stands before the number."""
+    params.json."""
     modules = params["modules"]
     shares = any("shared_with" in entry for entry in modules)
-    decided = [entry for entry in modules if "init_rank" in entry or (shares and entry["rank"])]
-    places = [_place(entry["name"]) for entry in decided]
+    return by_place([entry for entry in modules if "init_rank" in entry or (shares and entry["rank"])])
+
+
+def by_place(entries: Sequence[Entry]) -> Cells:
+    """`entries` by layer number and name within the layer, in their order. Where a model has several stacks
+    of layers, the stack's name stands before the number."""
+    places = [place_of(entry["name"]) for entry in entries]
     several = len({stack for stack, _, _ in places} - {""}) > 1
     cells: Cells = {}
-    for (stack, layer, name), entry in zip(places, decided, strict=True):
+    for (stack, layer, name), entry in zip(places, entries, strict=True):
         row = f"{stack}.{layer}" if stack and several else layer
         cells.setdefault(row, {})[name] = entry
     return cells
 
 
-def column_names(cells: Cells) -> list[str]:
+def column_names(cells: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The modules that any layer has, in order of their first appearance."""
     return list(dict.fromkeys(name for row in cells.values() for name in row))
 
 
-def _place(name: str) -> tuple[str, str, str]:
+def place_of(name: str) -> tuple[str, str, str]:
     """("model.layers", "3", "self_attn.q_proj") of model.layers.3.self_attn.q_proj."""
     parts = name.split(".")
     numbers = [index for index, part in enumerate(parts) if part.isdigit()]
@@ -70,16 +77,58 @@ def _place(name: str) -> tuple[str, str, str]:
     return ".".join(parts[:at]), parts[at], ".".join(parts[at + 1 :])
 
 
+@dataclass(frozen=True)
+class Cell:
+    """A square of a heat map. Its colour is `value`'s share of the largest; 0 has none."""
+
+    value: float
+    text: str
+    told: str  # the tooltip
+    outlined: bool = False  # in place of a colour
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """What is drawn: layer -> name of the module within it -> its cell; and what is written around it."""
+
+    title: str
+    word: str  # of the legend
+    legend: Sequence[Cell]
+    cells: Mapping[str, Mapping[str, Cell]]
+    last: tuple[str, Mapping[str, str]]  # the row below: its name, and what stands in each column
+    outlined: str = ""  # what an outline means, if there is any
+
+    @property
+    def top(self) -> float:
+        return max((cell.value for row in self.cells.values() for cell in row.values()), default=0)
+
+
 def rank_heat_map(params: Mapping[str, Any]) -> str:
     """An SVG document of the ranks in `params` (the content of params.json). Every cell has its rank in it
     and the module's whole name as a tooltip; layers that share one adapter are outlined, not filled."""
     cells = rank_cells(params)
-    names, shared = column_names(cells), _shared(cells)
-    top = max((entry["rank"] for row in cells.values() for entry in row.values()), default=0)
+    shared, sums = _shared(cells), {}
+    for name in column_names(cells):
+        sums[name] = f"{sum(row[name]['rank'] for row in cells.values() if name in row):,}"
+    ranks = sorted({entry["rank"] for row in cells.values() for entry in row.values()})
+    if len(ranks) > LEGEND:
+        ranks = [round(index * max(ranks) / (LEGEND - 1)) for index in range(LEGEND)]
+    drawn = {
+        layer: {name: _rank_cell(entry, entry["name"] in shared) for name, entry in row.items()}
+        for layer, row in cells.items()
+    }
+    legend = [Cell(rank, str(rank), "") for rank in ranks]
+    outlined = "one adapter for all of its kind" if shared else ""
+    return svg(HeatMap(_title(cells), "rank", legend, drawn, ("sum", sums), outlined))
+
+
+def svg(picture: HeatMap) -> str:
+    """The SVG document."""
+    cells, names, top = picture.cells, column_names(picture.cells), picture.top
     widths = [max(46.0, LETTER * max(map(len, _two_lines(name))) + 10) for name in names]
     left = MARGIN + LETTER * max([len("layer"), *map(len, cells)]) + 8
     starts = [left + sum(widths[:index]) for index in range(len(names) + 1)]
-    drawn, y = [*_legend(cells, top, bool(shared), MARGIN, MARGIN + 26)], float(MARGIN + 56)
+    drawn, y = [*_legend(picture, MARGIN, MARGIN + 26)], float(MARGIN + 56)
     for number, (layer, row) in enumerate(cells.items()):
         if number % REPEAT == 0:
             drawn += _head(names, starts, widths, left, y)
@@ -87,22 +136,22 @@ def rank_heat_map(params: Mapping[str, Any]) -> str:
         drawn.append(_text(left - 8, y, layer, "layer"))
         for column, name in enumerate(names):
             if name in row:
-                place = (starts[column], y, widths[column])
-                drawn += _cell(place, row[name], top, row[name]["name"] in shared)
+                drawn += _square((starts[column], y, widths[column]), row[name], top)
         y += HEIGHT
-    drawn.append(_text(left - 8, y + 4, "sum", "layer"))
+    word, texts = picture.last
+    drawn.append(_text(left - 8, y + 4, word, "layer"))
     for name, start, width in zip(names, starts, widths, strict=False):
-        ranks = [row[name]["rank"] for row in cells.values() if name in row]
-        drawn.append(_text(start + width / 2, y + 4, f"{sum(ranks):,}", "name"))
-    right, bottom = max(starts[-1], MARGIN + (740 if shared else 440)) + MARGIN, y + 4 + HEIGHT + MARGIN
+        drawn.append(_text(start + width / 2, y + 4, texts[name], "name"))
+    right = max(starts[-1], MARGIN + (740 if picture.outlined else 440)) + MARGIN
+    bottom = y + 4 + HEIGHT + MARGIN
     size = f'viewBox="0 0 {right:.0f} {bottom:.0f}" width="{right:.0f}" height="{bottom:.0f}"'
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" role="img" {size}>',
-            f"<title>{_title(cells)}</title>",
+            f"<title>{_safe(picture.title)}</title>",
             f"<style>\n{STYLE}\n</style>",
             '<rect class="ground" width="100%" height="100%" rx="6"/>',
-            _text(MARGIN, MARGIN, _title(cells), "title"),
+            _text(MARGIN, MARGIN, picture.title, "title"),
             *drawn,
             "</svg>\n",
         ]
@@ -129,19 +178,15 @@ def _shared(cells: Cells) -> set[str]:
     return {name for pair in pairs for name in pair}
 
 
-def _legend(cells: Cells, top: int, shared: bool, x: float, y: float) -> Iterator[str]:
-    """Squares of the ranks that there are, or of LEGEND of them from 0 to `top` where there are more."""
-    ranks = sorted({entry["rank"] for row in cells.values() for entry in row.values()})
-    if len(ranks) > LEGEND:
-        ranks = [round(index * top / (LEGEND - 1)) for index in range(LEGEND)]
-    yield _text(x, y, "rank", "key")
-    x += 40
-    for rank in ranks:
-        yield from _square((x, y, 40), rank, top, False, "")
+def _legend(picture: HeatMap, x: float, y: float) -> Iterator[str]:
+    yield _text(x, y, picture.word, "key")
+    x += max(40.0, LETTER * len(picture.word) + 8)
+    for cell in picture.legend:
+        yield from _square((x, y, 40), cell, picture.top)
         x += 40
-    if shared:
-        yield from _square((x + 12, y, 40), None, top, True, "")
-        yield _text(x + 58, y, "one adapter for all of its kind", "key")
+    if picture.outlined:
+        yield from _square((x + 12, y, 40), Cell(0, "", "", outlined=True), picture.top)
+        yield _text(x + 58, y, picture.outlined, "key")
 
 
 def _head(
@@ -163,7 +208,7 @@ def _two_lines(name: str) -> tuple[str, str]:
     return above, below
 
 
-def _cell(place: tuple[float, float, float], entry: Entry, top: int, shared: bool) -> Iterator[str]:
+def _rank_cell(entry: Entry, shared: bool) -> Cell:
     told = f"{entry['name']}: rank {entry['rank']}"
     if "init_rank" in entry:
         told += f" of {entry['init_rank']}"
@@ -171,30 +216,28 @@ def _cell(place: tuple[float, float, float], entry: Entry, top: int, shared: boo
         told += f", importance {entry['importance']:.4f}"
     if shared:
         told += ", shared"
-    yield from _square(place, entry["rank"], top, shared, told)
+    return Cell(entry["rank"], str(entry["rank"]), told, shared)
 
 
-def _square(
-    place: tuple[float, float, float], rank: int | None, top: int, shared: bool, told: str
-) -> Iterator[str]:
-    """A rectangle at (x, y, width) with the rank in it; outlined where there is nothing to colour."""
+def _square(place: tuple[float, float, float], cell: Cell, top: float) -> Iterator[str]:
+    """A rectangle at (x, y, width) with the cell's text in it; outlined where there is nothing to colour."""
     x, y, width = place
     box = f'x="{x + GAP / 2:.1f}" y="{y + GAP / 2:.1f}" width="{width - GAP:.1f}" height="{HEIGHT - GAP}"'
-    yield f"<g><title>{_safe(told)}</title>" if told else "<g>"
-    if shared or not rank:
-        yield f'<rect class="{"shared" if shared else "none"}" {box} rx="3"/>'
+    yield f"<g><title>{_safe(cell.told)}</title>" if cell.told else "<g>"
+    if cell.outlined or not cell.value:
+        yield f'<rect class="{"shared" if cell.outlined else "none"}" {box} rx="3"/>'
         ink = ""
     else:
-        colour = _colour(rank / top)
+        colour = _colour(cell.value / top)
         yield f'<rect fill="#{bytes(colour).hex()}" {box} rx="3"/>'
         ink = " black" if _luminance(colour) >= BLACK_FROM else " white"
-    if rank is not None:
-        yield _text(x + width / 2, y, str(rank), f"cell{ink}")
+    if cell.text:
+        yield _text(x + width / 2, y, cell.text, f"cell{ink}")
     yield "</g>"
 
 
 def _colour(share: float) -> tuple[int, int, int]:
-    """RAMP at `share` of the largest rank, in (0, 1]."""
+    """RAMP at `share` of the largest value, in (0, 1]."""
     (low, start), (high, end) = RAMP[:2] if share <= RAMP[1][0] else RAMP[1:]
     part = (share - low) / (high - low)
     red, green, blue = (round(a + part * (b - a)) for a, b in zip(start, end, strict=True))

@@ -4,15 +4,11 @@ Every text of data, recipe and tokenizer is escaped; the page's own policy forbi
 through.
 """
 
-import errno
-import os
 from html import escape
-from pathlib import Path
 
 from lorakit.data.account import CURES, Account, words
-from lorakit.errors import LorakitError
 from lorakit.preview import BEGIN, CUT, END, Piece, Preview, Shown
-from lorakit.terminal import say, signs, visible
+from lorakit.terminal import signs, visible
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 _STYLE = """
@@ -40,32 +36,6 @@ pre { font: 14px/1.6 ui-monospace, monospace; white-space: pre-wrap; overflow-wr
 i { color: var(--sign); font-style: normal; user-select: none; }
 pre span:hover { outline: 2px solid var(--sign); }
 """
-
-
-def check_place(file: Path) -> None:
-    """Raises: LorakitError where no page can be written, before anything is read."""
-    if file.is_dir() or (file.exists() and not file.is_file()):
-        what = "is a directory" if file.is_dir() else "is no regular file"
-        raise LorakitError(f"--html {file}: {what}", "Give the name of a file, for example preview.html.")
-    if not file.parent.is_dir():
-        raise LorakitError(f"--html {file}: no such directory: {file.parent}", "Make it first.")
-
-
-def write(file: Path, text: str) -> None:
-    """`file` holds `text`, wholly or not at all. Raises: LorakitError where that may not be written."""
-    place = file.resolve()  # of a link, what it leads to
-    staged = place.with_name(f".{place.name}.{os.getpid()}")
-    try:
-        staged.write_text(text, "utf-8")
-        staged.replace(place)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        cure = "Give a file in a directory that you may write to."
-        raise LorakitError(f"--html {file}: cannot write: {error.strerror}", cure) from None
-    finally:
-        staged.unlink(missing_ok=True)
-    say(f"page      {file}")
 
 
 def page(preview: Preview) -> str:

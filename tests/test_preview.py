@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 from lorakit.errors import LorakitError
+from lorakit.output_file import check_place, write
 from lorakit.preview import Piece, Preview, Shown, choose, pieces_of
-from lorakit.preview_html import check_place, page, write
+from lorakit.preview_html import page
 from lorakit.terminal import signs, visible
 from tests.conftest import ROOT, load_script
 
@@ -531,7 +532,7 @@ def test_a_page_is_written_wholly_or_not_at_all(tmp_path: Path, monkeypatch) -> 
     file, link = tmp_path / "page.html", tmp_path / "link.html"
     file.write_text("old")
     link.symlink_to(file)
-    check_place(link)
+    check_place("--html", link)
 
     def refuse(self: Path, *_: Any) -> None:
         assert self != file
@@ -540,11 +541,11 @@ def test_a_page_is_written_wholly_or_not_at_all(tmp_path: Path, monkeypatch) -> 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", refuse)
         with pytest.raises(LorakitError, match=r"link.html: cannot write: Permission denied") as told:
-            write(link, "new")
+            write("--html", link, "new")
     assert told.value.exit_code == 2
     assert file.read_text() == "old"
     assert len(list(tmp_path.iterdir())) == 2
-    write(link, "new")
+    write("--html", link, "new")
     assert file.read_text() == "new"
     assert link.is_symlink()
 

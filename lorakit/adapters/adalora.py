@@ -24,7 +24,7 @@ from peft import AdaLoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
 from lorakit.adapters import Adapter, Role, Trained, base_alone, copy_into, in_dtype_of_base
-from lorakit.adapters.lora_files import Factors, write_plain
+from lorakit.adapters.lora_files import Factors, decompose, write_plain
 from lorakit.errors import LorakitError
 from lorakit.recipe.methods import AdaLora, phases
 from lorakit.targets import Target
@@ -223,7 +223,7 @@ class AdaLoraAdapter(Adapter):
         with torch.no_grad():
             for item in factors:
                 name = item.target.layer.name
-                u, s, vh = _decompose(item)
+                u, s, vh = decompose(item.a, item.b, item.scale)
                 if len(s) > self.section.init_rank:
                     raise LorakitError(
                         f"adapter.start_from: {name} has rank {len(s)}, above init_rank"
@@ -256,15 +256,6 @@ class AdaLoraAdapter(Adapter):
         with torch.no_grad():
             for name, mask in self.kept.items():
                 self.lambda_[name].mul_(mask[:, None])
-
-
-def _decompose(item: Factors) -> tuple[Tensor, Tensor, Tensor]:
-    """Thin SVD of scale * B A in fp64, without the zero part: (out, k), (k,), (k, in). Never forms B A."""
-    qb, rb = torch.linalg.qr(item.b.double())
-    qa, ra = torch.linalg.qr(item.a.double().T)
-    u, s, vh = torch.linalg.svd(item.scale * rb @ ra.T)
-    real = s > s.max() * 1e-7 if s.numel() and s.max() > 0 else torch.zeros_like(s, dtype=torch.bool)
-    return (qb @ u)[:, real], s[real], (vh @ qa.T)[real]
 
 
 def _role(name: str) -> Role:

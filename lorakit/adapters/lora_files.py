@@ -168,6 +168,18 @@ class Factors:
         return product if self.target.layer.kind == "linear" else product.T
 
 
+def decompose(a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Thin SVD of scale * B A in fp64, without the zero part: (out, k), (k,), (k, in). Never forms B A.
+
+    a: (rank, in), b: (out, rank).
+    """
+    qb, rb = linalg.qr(b.double())
+    qa, ra = linalg.qr(a.double().T)
+    u, s, vh = linalg.svd(scale * rb @ ra.T)
+    real = s > 1e-7 * (s[0] if len(s) else 1.0)
+    return (qb @ u)[:, real], s[real], (vh @ qa.T)[real]
+
+
 @dataclass(frozen=True)
 class Contents:
     """An adapter in a directory, read whole."""

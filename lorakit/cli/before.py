@@ -76,16 +76,16 @@ def preview(
     With an account of where every row went. Samples come in the order of their rows; no weights are loaded.
     """
     loaded = load(recipe, set_, Path("."))
-    from lorakit import preview_html
+    from lorakit import output_file, preview_html
     from lorakit.preview import preview as look
     from lorakit.tokenizer import without_torch
 
     without_torch(loaded.model)
     if html is not None:
-        preview_html.check_place(html)
+        output_file.check_place("--html", html)
     found = look(loaded, number, trust_remote_code)
     if html is not None:
-        preview_html.write(html, preview_html.page(found))
+        output_file.write("--html", html, preview_html.page(found))
     if as_json:
         typer.echo(json.dumps(found.as_dict()))
     elif html is None:

@@ -1,4 +1,4 @@
-"""The verbs of what was trained: merge, eval, generate, chat."""
+"""The verbs of what was trained: merge, inspect, eval, generate, chat."""
 
 import json
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from lorakit import output_file
 from lorakit.cli.app import BaseModel, Overrides, Run, app, must_exist
 from lorakit.errors import LorakitError
 
@@ -47,6 +48,32 @@ def merge(
     from lorakit.merge import merge as run
 
     typer.echo(str(run(place, output, base, dtype)))
+
+
+@app.command("inspect")
+def inspection(
+    run: Run,
+    base: BaseModel = None,
+    against: Annotated[
+        Path | None, typer.Option(metavar="OTHER", help="Another adapter: how alike the two are.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable, with every number.")] = False,
+    svg: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it too, layer by module.")] = None,
+) -> None:
+    """What an adapter changed: norms, spectra, which layers.
+
+    Against the weights of its base, where they are on this machine.
+    """
+    for folder in filter(None, (run, against)):
+        must_exist(folder)
+    if svg is not None:
+        output_file.check_place("--svg", svg)
+    from lorakit.inspection import inspect
+
+    found = inspect(run, base, against)
+    if svg is not None:
+        output_file.write("--svg", svg, found.as_svg())
+    typer.echo(json.dumps(found.as_dict(), allow_nan=False) if as_json else found.as_text())
 
 
 @app.command("eval")

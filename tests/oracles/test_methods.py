@@ -85,6 +85,7 @@ HELD: dict[str, tuple[str, str]] = {  # oracle -> (file below tests/, beginning 
     "O19 masked for good": (_ADALORA, "test_what_is_taken_away_stays_away"),
     "O19 the scale": (_ADALORA, "test_the_scale_stays_that_of_the_initial_rank"),
     "O25": (_HERE, "test_o25"),
+    "O26": ("test_anatomy.py", "test_o26"),
     "O27 in every cell": (_MATRIX, "test_interrupted_is_uninterrupted"),
     "O27 whole runs": ("test_train.py", "test_a_resumed_run_ends_with_the_same_bits"),
     "O28": ("adapters/test_adalora_runs.py", "test_the_penalty_is_in_no_loss_that_is_told"),
@@ -101,7 +102,6 @@ LATER = {  # what today's code has nothing of
     "O20-O22": "Sophia",
     "O23": "LoftQ",
     "O24": "PiSSA",
-    "O26": "comparing subspaces",
     "O31": "distillation",
     "O32": "Reptile",
 }
