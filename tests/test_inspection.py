@@ -5,13 +5,11 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, OFTConfig, PeftModel, VeraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from tests import architectures
@@ -71,7 +69,7 @@ def of_layer(tensors: dict[str, np.ndarray], entry: Found) -> np.ndarray:
 def check(
     found: Found, old: dict[str, np.ndarray], new: dict[str, np.ndarray], tolerance: float = 1e-5
 ) -> None:
-    """Every number of every layer against the SVD of the dense difference. What is transposed has the same."""
+    """Every number of every layer against the SVD of the dense difference; transposed it has the same."""
     for entry in found["layers"]:
         w = of_layer(old, entry)
         d = of_layer(new, entry) - w
