@@ -1,4 +1,4 @@
-"""`lorakit inspect` on files: what it tells of every layer is what numpy finds in the model that PEFT merges."""
+"""`lorakit inspect` on files: what it tells of a layer is what numpy finds in the model that PEFT merges."""
 
 import json
 import math
