@@ -19,7 +19,9 @@ from lorakit.adapters import Adapter
 from lorakit.data.batches import Step
 from lorakit.errors import RunError
 from lorakit.micro_batch import MicroBatch
-from lorakit.optim import set_lr
+from lorakit.optim import estimate, estimates_at, measures, set_lr
+
+_LABELS = -1  # in the place of a rank: drawn labels are a stream of their own
 
 Outcome = Literal["finished", "stopped early", "interrupted"]
 
@@ -99,6 +101,26 @@ def run(
     last_sums: Sums | None = None
     objective.train()
 
+    def accumulate(step: int, batch: Step, drawn: bool = False) -> list[Tensor]:
+        """Adds the gradients of the step's loss; `drawn`: of that of labels which the model itself draws."""
+        losses = []
+        for index, micro in enumerate(batch.micros):
+            last = index == len(batch.micros) - 1
+            places = [label_places(micro, seed, step).to(device)] if drawn else []
+            torch.manual_seed(draw(seed, step, index, rank))
+            with synchronised(objective, last):
+                with autocast():
+                    loss = objective(micro.to(device), *places)
+                (loss * (num_ranks / batch.num_targets)).backward()  # DDP averages over ranks
+            losses.append(loss.detach())
+        return losses
+
+    def sums_of(step: int, batch: Step, losses: list[Tensor]) -> Sums:
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        asked = torch.full((), stop_requested(), dtype=torch.float64, device=device)
+        totals = all_ranks_sum(torch.stack([torch.stack(losses).sum(dtype=torch.float64), asked]))
+        return Sums(step + 1, batch, losses, totals, norm)
+
     def evaluate_now() -> None:
         if evaluate is None:
             return
@@ -117,28 +139,20 @@ def run(
         lr = lr_at(step)
         set_lr(optimizer, lr)
         batch = _next_batch(batch_at, step, last_sums)
-        losses = []
-        for index, micro in enumerate(batch.micros):
-            last = index == len(batch.micros) - 1
-            torch.manual_seed(draw(seed, step, index, rank))
-            with synchronised(objective, last):
-                with autocast():
-                    loss = objective(micro.to(device))
-                (loss * (num_ranks / batch.num_targets)).backward()  # DDP averages over ranks
-            losses.append(loss.detach())
+        if estimates_at(optimizer, step):
+            sums_of(step, batch, accumulate(step, batch, drawn=True)).read()  # refuses what is not finite
+            estimate(optimizer, batch.num_targets)
+        losses = accumulate(step, batch)
         penalty = adapter.penalty()
         if penalty is not None:
             penalty.backward()
         adapter.before_step(step)
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        asked = torch.full((), stop_requested(), dtype=torch.float64, device=device)
-        totals = all_ranks_sum(torch.stack([torch.stack(losses).sum(dtype=torch.float64), asked]))
-        sums = Sums(step + 1, batch, losses, totals, norm)
+        sums = sums_of(step, batch, losses)
         told = last_sums if deferred and last_sums is not None else sums
         told.read()
         last_sums = sums
         if max_grad_norm is not None:
-            nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
+            nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, sums.norm)
         if deferred:
             optimizer.found_inf = sums.found_inf()  # type: ignore[attr-defined]
         optimizer.step()
@@ -149,7 +163,8 @@ def run(
         state.trained_tokens += batch.num_targets
         observer.stepped(state)
         if due(state.step, cadence.log, total_steps):
-            observer.metrics(_training_line(state, *sums.read(), lr, clock) | adapter.measures())
+            line = _training_line(state, *sums.read(), lr, clock)
+            observer.metrics(line | adapter.measures() | measures(optimizer))
         if due(state.step, cadence.evaluate, total_steps):
             sums.read()
             evaluate_now()
@@ -234,6 +249,16 @@ def draw(seed: int, step: int, index: int, rank: int) -> int:
         value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
         value ^= value >> 31
     return value >> 1  # torch takes a signed 64-bit seed
+
+
+def label_places(micro: MicroBatch, seed: int, step: int) -> Tensor:
+    """(M,) fp64 in [0, 1): where in the model's distribution the label of each target is drawn. A function of
+    seed, step, sample and place in it alone, so that the layout of a step does not change its labels."""
+    found = []
+    for sample, number in zip(micro.samples, micro.num_targets(), strict=True):
+        stream = torch.Generator().manual_seed(draw(seed, step, sample, _LABELS))
+        found.append(torch.rand(number, dtype=torch.float64, generator=stream))
+    return torch.cat(found)
 
 
 def synchronised(objective: nn.Module, last: bool) -> AbstractContextManager[Any]:

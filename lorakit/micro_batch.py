@@ -19,6 +19,16 @@ class MicroBatch:
     targets: Tensor  # (M,) those next tokens
     samples: tuple[int, ...]  # indices of the samples, for messages
 
+    def num_targets(self) -> list[int]:
+        """Trained tokens of each of the samples."""
+        if self.document_lengths is not None:
+            ends = torch.tensor(self.document_lengths).cumsum(0)
+        else:
+            ends = self.input_ids.shape[1] * torch.arange(1, len(self.samples) + 1)
+        owners = torch.bucketize(self.predictors, ends, right=True)
+        counts: list[int] = torch.bincount(owners, minlength=len(self.samples)).tolist()
+        return counts
+
     def widened(self, width: int) -> "MicroBatch":
         """The same with rows of `width` tokens: a further document that nothing is trained on, or padding."""
         before = self.input_ids.shape[1]

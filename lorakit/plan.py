@@ -5,7 +5,6 @@ are.
 """
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from lorakit.recipe.adapter import NO_DROPOUT
 from lorakit.recipe.data import files_of, is_template, sources
 from lorakit.recipe.methods import auto_alpha
 from lorakit.recipe.optimizer import LORA_PLUS
+from lorakit.recipe.schedule import phases, too_few_steps
 from lorakit.recipe.task import TRAIN_ON
 from lorakit.recipe.traits import TRAITS, init_of
 from lorakit.shapes import Layer
@@ -67,6 +67,7 @@ class Plan:
 
     total_steps: int
     warmup_steps: int
+    decay_steps: int  # at the end
     num_samples: int
     decisions: Decisions
 
@@ -364,11 +365,8 @@ def make_plan(recipe: Recipe, num_samples: int, decisions: Decisions) -> Plan:
     """Steps of the run. Each epoch ends with what is left of its samples, so that every sample counts
     once."""
     total = count_steps(recipe, num_samples)
-    warmup = recipe.schedule.warmup
-    warmup_steps = warmup if isinstance(warmup, int) else math.ceil(warmup * total)
-    if warmup_steps > total:
-        message = f"{warmup_steps} steps of warm-up do not fit into the {total} steps of this run"
-        raise RecipeError([recipe.problem("schedule.warmup", message)])
+    if few := [recipe.problem(*found) for found in too_few_steps(recipe.schedule, total)]:
+        raise RecipeError(few)
     adapter: Any = recipe.adapter
     if getattr(adapter, "alpha", None) == "auto" and not getattr(adapter, "rank_pattern", {}):
         taken_over = "alpha" in TRAITS[adapter.method].taken_over and adapter.start_from
@@ -377,4 +375,4 @@ def make_plan(recipe: Recipe, num_samples: int, decisions: Decisions) -> Plan:
     if recipe.optimizer.lr_ratio == "lora+":
         why = "LoRA+ where B starts at zero; larger for harder tasks, with a smaller optimizer.lr"
         decisions = decisions | {"optimizer.lr_ratio": Decision(LORA_PLUS, why)}
-    return Plan(total, warmup_steps, num_samples, decisions)
+    return Plan(total, *phases(recipe.schedule, total), num_samples, decisions)

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from lorakit.plan import (
 )
 from lorakit.recipe import Recipe
 from lorakit.recipe.adapter import too_few_steps
+from lorakit.recipe.optimizer import elsewhere
 from lorakit.recipe.traits import TRAITS
 from lorakit.targets import Target, select_rows
 from lorakit.tasks import Objective
@@ -60,6 +62,9 @@ class Prepared:
 
 def prepare(recipe: Recipe, record: dict[str, Any], ranks: Accelerator) -> Prepared:
     """Tokens, model, adapter and plan. `record` is run.json of the run to continue: what it decided holds."""
+    hardware = hardware_of(ranks.device)
+    if found := [recipe.problem(*one) for one in elsewhere(recipe.optimizer, hardware.device)]:
+        raise RecipeError(found)
     # Data first: a bad row costs seconds to find, a model minutes to load.
     folder = model_files.locate(recipe.model)
     tokenizer = load_tokenizer(folder, recipe.model, recipe.data.chat_template)
@@ -69,7 +74,6 @@ def prepare(recipe: Recipe, record: dict[str, Any], ranks: Accelerator) -> Prepa
     if few := [recipe.problem(*found) for found in too_few_steps(recipe.adapter, total_steps)]:
         raise RecipeError(few)
 
-    hardware = hardware_of(ranks.device)
     decisions = {name: Decision(**d) for name, d in record.get("decisions", {}).items()}
     if not decisions:
         decisions = agree(ranks, choose_precision(recipe, model_files.stored_dtype(folder), hardware))
@@ -147,9 +151,11 @@ def try_heaviest(ready: Prepared, recipe: Recipe, device: torch.device) -> None:
     ids, budget = tokens.sample(0)[0], plan["training.micro_batch_tokens"]
     micros = heaviest(lengths, num_targets, ids, budget, batch_size, plan["data.packing"])
     ready.objective.train()
-    for micro in micros:
+    draws = [False, True] if recipe.optimizer.name == "sophia" else [False]
+    for micro, drawn in product(micros, draws):
+        places = [torch.zeros(len(micro.targets), dtype=torch.float64, device=device)] if drawn else []
         with ready.autocast():
-            loss = ready.objective(micro.to(device))
+            loss = ready.objective(micro.to(device), *places)
         loss.backward()
         for item in ready.adapter.trained():
             item.parameter.grad = None

@@ -107,8 +107,9 @@ def _train(
             stream.keep_journal(output / "stream.jsonl")
 
     def lr_at(step: int) -> float:
-        name, peak = recipe.schedule.name, recipe.optimizer.lr
-        return optim.lr_at(step, name, peak, plan.warmup_steps, plan.total_steps)
+        phases = (plan.warmup_steps, plan.total_steps, plan.decay_steps)
+        floor = getattr(recipe.schedule, "floor", 0.0)
+        return optim.lr_at(step, recipe.schedule.name, recipe.optimizer.lr, *phases, floor)
 
     def all_ranks_sum(tensor: Tensor) -> Tensor:
         summed: Tensor = ranks.reduce(tensor, "sum")

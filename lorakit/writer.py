@@ -27,6 +27,7 @@ from lorakit.errors import LorakitError, RunError
 from lorakit.loop import NotFinite, TrainState
 from lorakit.plan import Plan
 from lorakit.recipe import Recipe, comparable, dump, fingerprint
+from lorakit.recipe.optimizer import OPTIMIZERS
 from lorakit.recipe.traits import is_exported, num_pairs
 from lorakit.terminal import progress, say
 
@@ -162,7 +163,7 @@ def announce(
 def disk_needed(recipe: Recipe, adapter: Adapter, num_total: int) -> int:
     """Bytes of the checkpoints that are kept, one more while it is staged, and twice what was trained.
 
-    A checkpoint holds the adapter's state and AdamW's two moments. What was trained is that state or, where
+    A checkpoint holds the adapter's state and the optimizer's. What was trained is that state or, where
     other tools cannot read it, plain LoRA in fp32: an A and a B of the largest rank for every layer (of twice
     that where Delta-LoRA remembers the first). Of full fine-tuning it is the model, of `num_total`
     parameters.
@@ -170,7 +171,8 @@ def disk_needed(recipe: Recipe, adapter: Adapter, num_total: int) -> int:
     section: Any = recipe.adapter
     trained = adapter.trained()
     state = sum(tensor.numel() * tensor.element_size() for tensor in adapter.state().values())
-    moments = 8 * sum(item.parameter.numel() for item in trained)
+    per_shape = OPTIMIZERS[recipe.optimizer.name].state_bytes
+    moments = sum(per_shape(recipe.optimizer, tuple(item.parameter.shape)) for item in trained)
     if section.method == "full":
         written = 4 * num_total
     elif not is_exported(section):

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from lorakit.adapters import Role, Trained
-from lorakit.recipe.optimizer import LORA_PLUS, AdamW
+from lorakit.optim.lion import Lion
+from lorakit.optim.sophia import Sophia
+from lorakit.recipe.optimizer import LORA_PLUS
 
 Groups = list[dict[str, Any]]
 
@@ -26,31 +28,74 @@ def groups(trained: Sequence[Trained], weight_decay: float, lr_ratio: float | Li
     return [{"params": ps, "lr_ratio": ratio, "weight_decay": decay} for (ratio, decay), ps in found.items()]
 
 
-def adamw(section: AdamW, trained: Sequence[Trained]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(
-        groups(trained, section.weight_decay, section.lr_ratio),
-        lr=section.lr,
-        betas=section.betas,
-        eps=section.eps,
-        fused=True,
-    )
+def adamw(section: Any, moved: Groups) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(moved, lr=section.lr, betas=section.betas, eps=section.eps, fused=True)
 
 
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": adamw}
+def adamw_8bit(section: Any, moved: Groups) -> torch.optim.Optimizer:
+    from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
+
+    kind = PagedAdamW8bit if section.name == "paged_adamw_8bit" else AdamW8bit
+    built: torch.optim.Optimizer = kind(moved, lr=section.lr, betas=section.betas, eps=section.eps)
+    return built
+
+
+def sgd(section: Any, moved: Groups) -> torch.optim.Optimizer:
+    momentum, nesterov = section.momentum, section.nesterov
+    return torch.optim.SGD(moved, lr=section.lr, momentum=momentum, nesterov=nesterov, fused=True)
+
+
+def adafactor(section: Any, moved: Groups) -> torch.optim.Optimizer:
+    eps = (None, section.eps2)  # the first: that of the dtype
+    return torch.optim.Adafactor(moved, lr=section.lr, beta2_decay=section.beta2_decay, eps=eps)
+
+
+def lion(section: Any, moved: Groups) -> torch.optim.Optimizer:
+    return Lion(moved, lr=section.lr, betas=section.betas)
+
+
+def sophia(section: Any, moved: Groups) -> torch.optim.Optimizer:
+    rest = {"rho": section.rho, "eps": section.eps}
+    return Sophia(moved, lr=section.lr, betas=section.betas, every=section.every, **rest)
+
+
+OPTIMIZERS: dict[str, Callable[[Any, Groups], torch.optim.Optimizer]] = {
+    "adamw": adamw,
+    "adamw_8bit": adamw_8bit,
+    "paged_adamw_8bit": adamw_8bit,
+    "sgd": sgd,
+    "adafactor": adafactor,
+    "lion": lion,
+    "sophia": sophia,
+}
 
 
 def build(section: Any, trained: Sequence[Trained]) -> torch.optim.Optimizer:
-    return OPTIMIZERS[section.name](section, trained)
+    """The optimizer of the recipe's `section` over what is trained."""
+    return OPTIMIZERS[section.name](section, groups(trained, section.weight_decay, section.lr_ratio))
 
 
-def lr_at(step: int, name: str, peak: float, warmup_steps: int, total_steps: int) -> float:
+def lr_at(
+    step: int,
+    name: str,
+    peak: float,
+    warmup_steps: int,
+    total_steps: int,
+    decay_steps: int = 0,
+    floor: float = 0.0,
+) -> float:
     """Learning rate of optimizer step `step` (from 0): a linear rise that reaches `peak` at the end of the
-    warm-up, then constant, or a linear or half-cosine fall that would reach zero at `total_steps`."""
+    warm-up, then the shape `name`. What falls to `floor` (a share of the peak) would reach it at
+    `total_steps`; of wsd only the last `decay_steps` fall."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
-    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    shape = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[name]
-    return peak * shape
+    if name == "inverse-sqrt":
+        begun = max(1, warmup_steps)
+        return peak * math.sqrt(begun / (begun + step - warmup_steps))
+    fall = decay_steps if name == "wsd" else total_steps - warmup_steps
+    done = max(0.0, (step - (total_steps - fall)) / max(1, fall))
+    bent = {"constant": 1.0, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}
+    return peak * (floor + (1.0 - floor) * bent.get(name, 1.0 - done))
 
 
 def looks_at_found_inf(optimizer: torch.optim.Optimizer) -> bool:
@@ -64,13 +109,38 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group["lr_ratio"]
 
 
+def estimates_at(optimizer: torch.optim.Optimizer, step: int) -> bool:
+    """Whether step `step` (from 0) begins with gradients for estimate()."""
+    return isinstance(optimizer, Sophia) and optimizer.estimates_at(step)
+
+
+def estimate(optimizer: torch.optim.Optimizer, num_targets: int) -> None:
+    """Takes the gradients of the mean loss over `num_targets` drawn labels, and leaves none."""
+    assert isinstance(optimizer, Sophia)
+    optimizer.estimate(num_targets)
+    optimizer.zero_grad(set_to_none=True)
+
+
+def measures(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """What a line of metrics.jsonl says of the optimizer."""
+    return optimizer.measures() if isinstance(optimizer, Sophia) else {}
+
+
 def state(optimizer: torch.optim.Optimizer, trained: Sequence[Trained]) -> dict[str, Tensor]:
-    """The optimizer's tensors by name: "exp_avg|model.layers.0...". They share memory with the optimizer."""
+    """The optimizer's state by name: "exp_avg|model.layers.0...". Its tensors share memory with the
+    optimizer; an int becomes an int64 without dimensions."""
     return {
-        f"{key}|{item.name}": tensor
+        f"{key}|{item.name}": _as_tensor(key, value)
         for item in trained
-        for key, tensor in optimizer.state.get(item.parameter, {}).items()
+        for key, value in optimizer.state.get(item.parameter, {}).items()
     }
+
+
+def _as_tensor(key: str, value: Any) -> Tensor:
+    if isinstance(value, int):
+        return torch.tensor(value)
+    found: Tensor = value.clone() if key.startswith("qmap") else value  # one table of bitsandbytes for all
+    return found
 
 
 def load_state(
@@ -80,5 +150,13 @@ def load_state(
     parameters = {item.name: item.parameter for item in trained}
     for label, tensor in tensors.items():
         key, _, name = label.partition("|")
-        # fused AdamW wants all of its state on the parameter's device, its step count too
-        optimizer.state[parameters[name]][key] = tensor.to(parameters[name].device)
+        parameter = parameters[name]
+        if tensor.dtype == torch.int64:
+            optimizer.state[parameter][key] = int(tensor)
+        elif getattr(optimizer, "is_paged", False) and key in ("state1", "state2"):
+            # memory that the GPU may page out is taken by bitsandbytes alone
+            paged = optimizer.get_state_buffer(parameter, dtype=tensor.dtype)  # type: ignore[attr-defined]
+            optimizer.state[parameter][key] = paged.copy_(tensor)
+        else:
+            # fused AdamW wants all of its state on the parameter's device, its step count too
+            optimizer.state[parameter][key] = tensor.to(parameter.device)

@@ -18,15 +18,17 @@ from lorakit.recipe import adapter as adapter_section
 from lorakit.recipe import data as data_section
 from lorakit.recipe import model as model_section
 from lorakit.recipe import optimizer as optimizer_section
+from lorakit.recipe import schedule as schedule_section
 from lorakit.recipe import source
 from lorakit.recipe import task as task_section
 from lorakit.recipe import training as training_section
 from lorakit.recipe.adapter import Adapter
 from lorakit.recipe.data import Data
-from lorakit.recipe.explain import explain, key_of
+from lorakit.recipe.explain import TAGGED, explain, key_of
 from lorakit.recipe.methods import Lora
 from lorakit.recipe.model import Model
-from lorakit.recipe.optimizer import AdamW, Optimizer, Schedule
+from lorakit.recipe.optimizer import AdamW, Optimizer
+from lorakit.recipe.schedule import Cosine, Schedule
 from lorakit.recipe.section import Section
 from lorakit.recipe.task import CausalLm, Task
 from lorakit.recipe.training import Checkpoint, Eval, Log, Training
@@ -51,7 +53,7 @@ class Recipe(Section):
     optimizer: Optimizer = AdamW()
     """How a gradient becomes an update."""
 
-    schedule: Schedule = Schedule()
+    schedule: Schedule = Cosine()
     """The learning rate over the steps."""
 
     training: Training = Training()
@@ -94,6 +96,7 @@ CONFLICTS: tuple[Callable[..., Iterator[tuple[str, str]]], ...] = (
     task_section.conflicts,
     data_section.conflicts,
     optimizer_section.conflicts,
+    schedule_section.conflicts,
     training_section.conflicts,
 )
 
@@ -161,7 +164,7 @@ def _without_broken_fields(error: ValidationError, written: source.Source) -> Re
         if item["type"] == "missing":
             continue
         path, node = key_of(item["loc"], values)[:2], values  # a bad item spoils its whole field
-        path = (*path, "method") if item["type"] == "union_tag_invalid" else path
+        path = (*path, TAGGED[str(path[0])].field) if item["type"] == "union_tag_invalid" else path
         for part in path[:-1]:
             node = node[part]
         if path:

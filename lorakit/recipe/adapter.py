@@ -1,30 +1,22 @@
 """Section `adapter`: how the weights move. One section type per method (methods.py), chosen by `method`."""
 
-from functools import reduce
-from operator import or_
-from typing import TYPE_CHECKING, Annotated, Any
-
-from pydantic import Discriminator, Tag
+from typing import TYPE_CHECKING, Any
 
 from lorakit.recipe.inits import INITS
 from lorakit.recipe.methods import AdaLora, Lora, Method, first_step, phases
 from lorakit.recipe.peft_types import problems_of
-from lorakit.recipe.section import Conflicts, Written
+from lorakit.recipe.section import Conflicts, Tagged, Written
 from lorakit.recipe.traits import TRAITS
 
 NO_DROPOUT = "their update is added to the weight before any input is seen; write 0"
 
 
-def _method(section: Any) -> Any:
-    return section.get("method", "lora") if isinstance(section, dict) else getattr(section, "method", "lora")
-
-
 METHOD_SECTIONS: dict[str, type[Method]] = {name: traits.section for name, traits in TRAITS.items()}
+TAGGED = Tagged("method", "lora", "method", METHOD_SECTIONS)
 if TYPE_CHECKING:
     Adapter = Method  # a union that is built is no type to a checker
 else:
-    _SECTIONS = (Annotated[section, Tag(name)] for name, section in METHOD_SECTIONS.items())
-    Adapter = Annotated[reduce(or_, _SECTIONS), Discriminator(_method)]
+    Adapter = TAGGED.union()
 
 
 def conflicts(recipe: Any, written: Written) -> Conflicts:

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import ValidationError
 
 from lorakit.errors import Problem, did_you_mean
-from lorakit.recipe.adapter import METHOD_SECTIONS
-from lorakit.recipe.section import Section
+from lorakit.recipe import adapter, optimizer, schedule
+from lorakit.recipe.section import Section, Tagged
 from lorakit.recipe.source import Key, Source
 from lorakit.recipe.words import expected, show
 
@@ -30,7 +30,14 @@ def key_of(loc: tuple[Any, ...], values: Any) -> Key:
     return tuple(path)
 
 
-# What users call a method, or a setting of one -> what to write.
+TAGGED: dict[str, Tagged] = {
+    "adapter": adapter.TAGGED,
+    "optimizer": optimizer.TAGGED,
+    "schedule": schedule.TAGGED,
+}
+
+# What users call a method, an optimizer, a schedule, or a setting of one -> what to write.
+_ADAM, _LION = "Write name: adamw.", "Write name: lion; its state is one number of 32 bits."
 KNOWN_AS = {
     "rslora": "Write method: lora with scaling: rank_stabilized.",
     "lora+": "Write method: lora with optimizer.lr_ratio: lora+.",
@@ -41,6 +48,21 @@ KNOWN_AS = {
     "ia3": "Write method: peft with type: IA3.",
     "loha": "Write method: peft with type: LOHA.",
     "lokr": "Write method: peft with type: LOKR.",
+    **dict.fromkeys(("adam", "adamw_torch", "adamw_torch_fused", "adamw_hf", "fused_adamw"), _ADAM),
+    **dict.fromkeys(("adam8bit", "adamw8bit", "adamw_bnb_8bit", "adam_8bit"), "Write name: adamw_8bit."),
+    **dict.fromkeys(
+        ("paged_adamw", "paged_adamw_32bit", "pagedadamw8bit"), "What pages is called paged_adamw_8bit."
+    ),
+    **dict.fromkeys(("lion_32bit", "lion_8bit", "paged_lion_8bit", "paged_lion_32bit"), _LION),
+    **dict.fromkeys(("sophiag", "sophia-g", "sophia_g"), "Write name: sophia."),
+    **dict.fromkeys(("sophiah", "sophia-h", "sophia_h"), "Sophia-G is here: name: sophia."),
+    **dict.fromkeys(
+        ("cosine_with_min_lr", "cosine_warmup_with_min_lr"), "Write name: cosine with a floor above 0."
+    ),
+    "constant_with_warmup": "Write name: constant; every schedule has a warmup.",
+    "polynomial": "Write name: linear with a floor.",
+    **dict.fromkeys(("inverse_sqrt", "rsqrt"), "Write name: inverse-sqrt."),
+    **dict.fromkeys(("warmup_stable_decay", "trapezoid", "trapezoidal"), "Write name: wsd."),
 }
 
 
@@ -55,9 +77,12 @@ def explain(error: ValidationError, written: Source, recipe: type[Section]) -> l
             path = (*path, item["loc"][-1])
             message = "required: " + _description(path, recipe)
         elif kind in ("union_tag_invalid", "union_tag_not_found"):
-            path = (*path, "method")
-            tag, known = _value(path, written), " or ".join(f'"{name}"' for name in METHOD_SECTIONS)
-            hint = KNOWN_AS.get(str(tag).lower()) or did_you_mean(str(tag), METHOD_SECTIONS)
+            tagged = TAGGED[str(path[0])]
+            path = (*path, tagged.field)
+            tag, known = _value(path, written), " or ".join(f'"{name}"' for name in tagged.types)
+            hint = ""
+            if isinstance(tag, str):
+                hint = KNOWN_AS.get(tag.lower()) or did_you_mean(tag, tagged.types)
             message = f"expected {known}, got {show(tag)}. {hint}".rstrip()
         elif kind == "extra_forbidden":
             message = _unknown(path, written, recipe)
@@ -101,12 +126,13 @@ def _members(annotation: Any) -> Iterator[Any]:
 
 def _section_of(path: Key, written: Source, recipe: type[Section]) -> tuple[type[Section] | None, str]:
     """The section type that `path` lies in, and how to call it: `method "lora"`, `section "data"`."""
-    types = _sections(recipe).get(str(path[0]), ())
-    if len(types) <= 1:
+    tagged = TAGGED.get(str(path[0]))
+    if tagged is None:
+        types = _sections(recipe).get(str(path[0]), ())
         return (types[0] if types else None), f'section "{path[0]}"'
     block = written.values.get(str(path[0]))
-    tag = block.get("method", "lora") if isinstance(block, dict) else None
-    return METHOD_SECTIONS.get(str(tag)), f'method "{tag}"'
+    tag = tagged.tag(block) if isinstance(block, dict) else None
+    return tagged.types.get(str(tag)), f'{tagged.word} "{tag}"'
 
 
 def _inner(path: Key, section: type[Section]) -> type[Section] | None:
@@ -128,13 +154,15 @@ def _unknown(path: Key, written: Source, recipe: type[Section]) -> str:
     known = list(section.model_fields) if section else []
     if reason := getattr(section, "lacks", {}).get(name):
         return f"not a field of {label}: {reason}"
-    method = {section_type: name for name, section_type in METHOD_SECTIONS.items()}
-    homes = [
-        f'method "{method[t]}"' if t in method else f'section "{home}"'
-        for home, types in sorted(_sections(recipe).items(), key=lambda item: len(item[1]))
-        for t in types
-        if name in t.model_fields and t is not section
-    ]
+    homes = []
+    for home, types in sorted(_sections(recipe).items(), key=lambda item: (item[0] != path[0], len(item[1]))):
+        having = [t for t in types if name in t.model_fields and t is not section]
+        if having and len(having) == len(types):
+            homes.append(f'section "{home}"')
+        elif having:
+            tagged = TAGGED[home]
+            tag = next(tag for tag, section_type in tagged.types.items() if section_type is having[0])
+            homes.append(f'{tagged.word} "{tag}"')
     hint = f"It is a field of {homes[0]}." if homes else did_you_mean(name, known)
     return f"not a field of {label}. {hint or 'Fields: ' + ', '.join(known) + '.'}"
 
@@ -148,7 +176,7 @@ def _field(path: Key, written: Source, recipe: type[Section]) -> tuple[dict[str,
     else:
         section, _ = _section_of(path, written, recipe)
         if section is None:
-            return {"enum": list(METHOD_SECTIONS)}, {}
+            return {"enum": list(TAGGED[str(path[0])].types)}, {}
         schema = section.model_json_schema()
         path = path[1:]
     field = schema["properties"].get(str(path[0]))

@@ -23,6 +23,12 @@ class Task(Protocol):
         """A scalar: the loss summed over the targets of a micro-batch, zero and differentiable without any,
         by the model's own forward pass."""
 
+    def drawn_loss_sum(self, model: Any, micro: MicroBatch, places: Tensor) -> Tensor:
+        """The loss of labels that the model itself draws, summed over the M targets of a micro-batch.
+
+        places: (M,) fp64 in [0, 1), where in the model's distribution each is drawn.
+        """
+
     def fused_loss_sum(self, model: Any, micro: MicroBatch) -> Tensor:
         """The same number by the fast path, for a model on which a guard has found it to be the same.
 
@@ -41,9 +47,12 @@ class Objective(nn.Module):
         self.repeats_shapes = False
         self.train(model.training)  # as the model is, not as a new module is
 
-    def forward(self, micro: MicroBatch) -> Tensor:
+    def forward(self, micro: MicroBatch, places: Tensor | None = None) -> Tensor:
+        """The summed loss of `micro`; with `places` that of labels which the model itself draws there."""
         if self.repeats_shapes:
             micro = micro.widened(repeating(micro.input_ids.shape[1]))
+        if places is not None:
+            return self.task.drawn_loss_sum(self.model, micro, places)
         loss_sum = self.task.fused_loss_sum if self.fused else self.task.loss_sum
         return loss_sum(self.model, micro)
 

@@ -18,14 +18,12 @@ class CausalLmTask:
 
     def loss_sum(self, model: Any, micro: MicroBatch) -> Tensor:
         """Sum over M targets of -log p(target | the tokens before it in its own document)."""
-        inputs = inputs_of(micro)
-        if micro.document_lengths is not None:
-            logits = model(**inputs, logits_to_keep=micro.predictors).logits[0]  # (M, V)
-        else:
-            full = model(**inputs).logits  # (B, T, V)
-            logits = full.reshape(-1, full.shape[-1])[micro.predictors]  # (M, V)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        return nn.functional.cross_entropy(logits, micro.targets, reduction="sum")
+        return nn.functional.cross_entropy(_logits(model, micro), micro.targets, reduction="sum")
+
+    def drawn_loss_sum(self, model: Any, micro: MicroBatch, places: Tensor) -> Tensor:
+        """The same with labels from the model's own distribution, which stand for the targets."""
+        logits = _logits(model, micro)
+        return nn.functional.cross_entropy(logits, labels_at(logits, places), reduction="sum")
 
     def fused_loss_sum(self, model: Any, micro: MicroBatch) -> Tensor:
         """The same sum from the hidden states at the M predictors, without logits."""
@@ -39,6 +37,31 @@ class CausalLmTask:
         chosen = hidden.reshape(-1, hidden.shape[-1]).index_select(0, micro.predictors)  # (M, H)
         scale, softcap = logit_transform(model.config)
         return cross_entropy.summed(chosen, weight, micro.targets, head.bias, scale, softcap)
+
+
+def _logits(model: Any, micro: MicroBatch) -> Tensor:
+    """(M, V) at the predictors, in fp32 or better, by the model's own forward pass."""
+    inputs = inputs_of(micro)
+    if micro.document_lengths is not None:
+        logits = model(**inputs, logits_to_keep=micro.predictors).logits[0]
+    else:
+        full = model(**inputs).logits  # (B, T, V)
+        logits = full.reshape(-1, full.shape[-1])[micro.predictors]
+    return logits if logits.dtype == torch.float64 else logits.float()  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def labels_at(logits: Tensor, places: Tensor, rows: int = 64) -> Tensor:
+    """(M,): the label in whose stretch of [0, 1) `places` (M,) lies, each label's as long as its probability
+    under `logits` (M, V). Probabilities are counted in units of 2^-48: their sums are exact then, whatever
+    the device does in which order. `rows` at a time are held in 64 bits."""
+    labels = []
+    for some, where in zip(logits.split(rows), places.split(rows), strict=True):
+        ends = (some.double().softmax(-1) * 2**48).long().cumsum(-1)
+        total = ends[:, -1:]
+        start = (where[:, None] * total).long().clamp(max=total - 1)
+        labels.append(torch.searchsorted(ends, start, right=True)[:, 0])
+    return torch.cat(labels)
 
 
 def _with_rows(head: Any) -> tuple[Any, Any]:

@@ -101,7 +101,7 @@ def test_a_minimal_recipe_has_the_defaults_of_the_design(here: Path) -> None:
             "lr_ratio": 1.0,
             "max_grad_norm": 1.0,
         },
-        "schedule": {"name": "cosine", "warmup": 0.03},
+        "schedule": {"name": "cosine", "warmup": 0.03, "floor": 0.0},
         "training": {
             "epochs": 3,
             "max_steps": None,
@@ -226,7 +226,6 @@ WRONG = [
     ("optimizer: {betas: [0, 0, 0]}", "4:13", "optimizer.betas", "a list of 2", "got [0, 0, 0]"),
     ("optimizer: {betas: 0.9}", "4:13", "optimizer.betas", "a list of 2", "got 0.9"),
     ("optimizer: {betas: [0.9, 1]}", "4:26", "optimizer.betas.1", "a number >= 0 and < 1", "got 1"),
-    ("optimizer: {name: adam}", "4:13", "optimizer.name", '"adamw"', 'got "adam"'),
     ("schedule: {warmup: 1.5}", "4:12", "schedule.warmup", "or a whole number >= 0", "got 1.5"),
     ("schedule: {warmup: -1}", "4:12", "schedule.warmup", "a number >= 0 and < 1", "got -1"),
     ("schedule: {warmup: true}", "4:12", "schedule.warmup", "a number", "got true"),

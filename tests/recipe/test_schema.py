@@ -12,7 +12,8 @@ from lorakit.recipe.adapter import METHOD_SECTIONS
 from lorakit.recipe.data import FORMAT_FIELDS, Data, Source
 from lorakit.recipe.methods import AdaLora, Full, Lora
 from lorakit.recipe.model import Model
-from lorakit.recipe.optimizer import AdamW, Schedule
+from lorakit.recipe.optimizer import OPTIMIZERS
+from lorakit.recipe.schedule import SCHEDULES
 from lorakit.recipe.section import Section
 from lorakit.recipe.task import CausalLm
 from lorakit.recipe.training import Checkpoint, Eval, Log, Training
@@ -28,8 +29,8 @@ SECTIONS: list[type[Section]] = [
     CausalLm,
     Source,
     Data,
-    AdamW,
-    Schedule,
+    *(traits.section for traits in OPTIMIZERS.values()),
+    *(traits.section for traits in SCHEDULES.values()),
     Training,
     Eval,
     Checkpoint,
