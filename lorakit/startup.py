@@ -26,13 +26,14 @@ def trainer(recipe: Recipe) -> Any:
 
 
 def without_bitsandbytes(recipe: Recipe) -> None:
-    """This process never imports bitsandbytes, unless the recipe quantizes.
+    """This process never imports bitsandbytes, unless the recipe quantizes the base or the optimizer's state.
 
     PEFT imports it wherever it finds it, and bitsandbytes imports torch's compiler: a second. None in
     sys.modules is Python's own way to say that there is no such module. The model's own code may want it.
     """
-    wanted = recipe.model.quantize != "none" or recipe.model.trust_remote_code
-    if not wanted and not {"torch", "transformers", "peft", "bitsandbytes"} & set(sys.modules):
+    model = recipe.model
+    quantizes = model.quantize != "none" or recipe.optimizer.name.endswith("_8bit")
+    if not (quantizes or model.trust_remote_code) and not {"torch", "transformers", "peft", "bitsandbytes"} & set(sys.modules):
         sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
 
 

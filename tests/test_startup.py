@@ -56,6 +56,11 @@ def test_a_lora_run_imports_only_what_it_needs_and_trains_the_same(cli, write_re
     assert apart.read_bytes() == here.read_bytes()
 
 
+def test_an_optimizer_in_8_bits_has_bitsandbytes(write_recipe, tmp_path: Path) -> None:
+    recipe = write_recipe(optimizer={"name": "adamw_8bit"}, training={"max_steps": 1})
+    assert "bitsandbytes" in facts_of("train", recipe, "--output", tmp_path / "run")[0]
+
+
 def test_a_quantized_run_has_bitsandbytes(write_recipe, tiny: Path) -> None:
     recipe = write_recipe(model={"path": str(tiny / "model"), "quantize": "nf4"}, training={"max_steps": 1})
     packages, _ = facts_of("train", recipe)
