@@ -31,9 +31,9 @@ def without_bitsandbytes(recipe: Recipe) -> None:
     PEFT imports it wherever it finds it, and bitsandbytes imports torch's compiler: a second. None in
     sys.modules is Python's own way to say that there is no such module. The model's own code may want it.
     """
-    model = recipe.model
-    quantizes = model.quantize != "none" or recipe.optimizer.name.endswith("_8bit")
-    if not (quantizes or model.trust_remote_code) and not {"torch", "transformers", "peft", "bitsandbytes"} & set(sys.modules):
+    quantizes = recipe.model.quantize != "none" or recipe.optimizer.name.endswith("_8bit")
+    wanted = quantizes or recipe.model.trust_remote_code
+    if not wanted and not {"torch", "transformers", "peft", "bitsandbytes"} & set(sys.modules):
         sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
 
 
