@@ -19,7 +19,7 @@ LEVELS = [
     {"shapes", "picture"},
     {"targets", "inspection_view"},
     {"plan"},
-    {"kernels", "layers", "micro_batch"},
+    {"kernels", "layers", "micro_batch", "advice"},
     {"model_files", "tokenizer"},
     {"adapter_file", "validate"},
     {"base_model", "data", "adapters"},
@@ -29,7 +29,7 @@ LEVELS = [
     {"proof"},
     {"decoding"},
     {"loop", "evaluate", "fast", "preview", "count", "merge", "generate"},
-    {"score", "chat", "preview_html", "pieces"},
+    {"score", "chat", "preview_html", "pieces", "advise"},
     {"inspection"},
     {"writer"},
     {"prepare"},
@@ -40,7 +40,7 @@ LEVELS = [
     {"__main__"},
 ]
 LEVEL = {name: number for number, row in enumerate(LEVELS) for name in row}
-PACKAGES = {"recipe", "kernels", "data", "adapters", "tasks", "optim", "cli"}
+PACKAGES = {"recipe", "kernels", "data", "adapters", "tasks", "optim", "cli", "advice"}
 
 
 def parts(path: Path) -> list[str]:

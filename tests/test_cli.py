@@ -17,7 +17,7 @@ import pytest
 from tests.conftest import ROOT
 
 VERBS = (
-    *("train", "validate", "preview", "count-params", "merge", "inspect"),
+    *("train", "validate", "preview", "advise", "count-params", "merge", "inspect"),
     *("eval", "generate", "chat", "recipes", "schema"),
 )
 

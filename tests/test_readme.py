@@ -72,6 +72,8 @@ def test_every_command_of_the_readme_runs(checkout: Path) -> None:
     table = without_numbers(account.partition("\n\n")[2].partition("[[trained]]")[0])
     trained = next(block for block in shown if block[0].startswith("rows"))
     assert trained[: len(table)] == table
+    advice = next(text for command, text in printed.items() if command.startswith("lorakit advise"))
+    assert without_numbers(advice) in shown
 
 
 def test_the_job_of_the_readme_runs(checkout: Path, tmp_path: Path) -> None:

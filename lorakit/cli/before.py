@@ -1,4 +1,4 @@
-"""The verbs of recipes: train, validate, preview, count-params, recipes, schema."""
+"""The verbs of recipes: train, validate, preview, advise, count-params, recipes, schema."""
 
 import json
 import shlex
@@ -90,6 +90,28 @@ def preview(
         typer.echo(json.dumps(found.as_dict()))
     elif html is None:
         found.show()
+
+
+@app.command()
+def advise(
+    recipe: RecipeFile,
+    set_: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+    profile: Annotated[
+        str | None, typer.Option(metavar="primer", help="Beside it, what introductions to LoRA say.")
+    ] = None,
+) -> None:
+    """Say what the evidence advises, why, and how sure.
+
+    From published results and from your data; nothing is changed, and no weights are loaded.
+    """
+    from lorakit.advise import advise as ask
+    from lorakit.recipe import load_recipe
+    from lorakit.tokenizer import without_torch
+
+    without_torch(load_recipe(recipe, set_ or ()).model)
+    found = ask(recipe, set_ or (), profile)
+    typer.echo(json.dumps(found.as_dict()) if as_json else found.as_text())
 
 
 @app.command("count-params")

@@ -1,0 +1,242 @@
+"""`lorakit advise`: what published results and your data say about the knobs of a recipe.
+
+Nothing is changed here: `set` is the part of a command line that would. No torch, and nothing of the
+hardware.
+
+`lorakit advise --json`: {"recipe": path, "facts": {"model": {type, parameters, hidden_size, context} or null,
+"data": {samples, trained_tokens, mean_length, longest, too_long, held_out} or null, "adapter": {method,
+trainable, capacity_bits, scale}, "steps": int or null, "missing": [text]}, "advice": [{"knob", "yours",
+"advised", "why", "source", "confidence": high, medium or low, "primer": {"says", "evidence"} where the
+profile has a word on that knob}], "set": ["KEY=VALUE"]}. Where `advised` equals `yours`, the evidence says
+that the knob matters little, or what it does.
+"""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lorakit import data, model_files
+from lorakit.advice import Advice, Rule
+from lorakit.advice.facts import Base, Facts, Rows, setting
+from lorakit.advice.primer import PRIMER, Primer
+from lorakit.advice.rules import RULES as OF_THE_ADAPTER
+from lorakit.advice.training import RULES as OF_THE_TRAINING
+from lorakit.data.render import check_tokenizer
+from lorakit.errors import LorakitError
+from lorakit.recipe import Recipe, load_recipe
+from lorakit.terminal import harmless
+from lorakit.tokenizer import load_tokenizer, quiet
+
+RULES: tuple[Rule, ...] = (*OF_THE_ADAPTER, *OF_THE_TRAINING)
+UNCUT = 1 << 30  # tokens: a data.max_length that no row reaches
+ROUNDS = 4  # taking one advice may call for another: a larger rank, for its scaling
+
+
+@dataclass(frozen=True)
+class Advised:
+    """The advice on a recipe, in the order of RULES."""
+
+    facts: Facts
+    advice: tuple[Advice, ...]
+    profile: tuple[Primer, ...] = ()
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """The arguments of --set that take all of it."""
+        taken: dict[str, Any] = {}
+        for item in self.advice:
+            taken |= item.settings
+        return tuple(map(setting, taken, taken.values()))
+
+    def as_dict(self) -> dict[str, Any]:
+        entries = []
+        for item, primer in self._rows():
+            entry = {name: getattr(item, name) for name in _COLUMNS}
+            said = {"primer": {"says": primer.says, "evidence": primer.evidence}} if primer else {}
+            entries.append(entry | said)
+        found = {"recipe": str(self.facts.path), "facts": self.facts.as_dict(), "advice": entries}
+        return found | {"set": list(self.settings)}
+
+    def as_text(self) -> str:
+        rows = self._rows()
+        if not rows:
+            known = " of what could be read" if self.facts.missing else ""
+            table = [f"nothing to advise{known}: the recipe has what the evidence has"]
+        else:
+            table = _table(rows, bool(self.profile))
+        end = [f"--set {shlex.quote(one)}" for one in self.settings]
+        taken = ["", f"to take it: {' '.join(end)}"] if end else []
+        return harmless("\n".join([self.facts.as_text(), "", *table, *taken]))
+
+    def _rows(self) -> list[tuple[Advice, Primer | None]]:
+        """Every advice, and every knob of the profile, on which the recipe may stay as it is."""
+        said = {primer.knob: primer for primer in self.profile}
+        found = [(item, said.pop(item.knob, None)) for item in self.advice]
+        more = [(_as_it_is(self.facts, primer), primer) for primer in said.values()]
+        return [*found, *more]
+
+
+_COLUMNS = ("knob", "yours", "advised", "why", "source", "confidence")
+
+
+def advise(path: Path, overrides: Sequence[str] = (), profile: str | None = None) -> Advised:
+    """What the evidence advises for the recipe at `path`. Pure but for reading; loads no weights.
+
+    Raises: LorakitError for a recipe that is none, and for an unknown profile.
+    """
+    if profile not in (None, "primer"):
+        raise LorakitError(f"--profile {profile}: expected primer")
+    facts = gather(path, overrides)
+    return Advised(facts, settled(facts), PRIMER if profile else ())
+
+
+def settled(facts: Facts) -> tuple[Advice, ...]:
+    """The advice of all rules, each asked about the recipe that has taken the others' advice already."""
+    found: dict[Rule, Advice] = {}
+    now = facts
+    for _ in range(ROUNDS):
+        before = now
+        for rule in RULES:
+            item = rule(now)
+            if item is None:
+                continue
+            item = replace(item, yours=facts.value(item.knob))
+            if item.settings:
+                now, item = _taken(now, item)
+            elif rule in found:
+                continue
+            found[rule] = item
+        if now is before:
+            break
+    return tuple(found[rule] for rule in RULES if rule in found)
+
+
+def _taken(facts: Facts, item: Advice) -> tuple[Facts, Advice]:
+    """(the facts of the recipe that takes `item`, `item`): where other fields of the recipe stand against it,
+    the same facts, and the advice without its settings."""
+    try:
+        return facts.taken(item.settings), item
+    except LorakitError:
+        return facts, replace(item, settings={})
+
+
+def _as_it_is(facts: Facts, primer: Primer) -> Advice:
+    yours = facts.value(primer.knob)
+    return Advice(primer.knob, yours, yours, "as it is", primer.source, primer.confidence)
+
+
+def _table(rows: Sequence[tuple[Advice, Primer | None]], with_primer: bool) -> list[str]:
+    """Two lines for each knob, or three: values; why and source; what the evidence says of the primers."""
+    heads = ["knob", "yours", "advised", *(["primers"] if with_primer else []), "confidence"]
+    cells = [heads]
+    for item, primer in rows:
+        advised = _shown(item.advised) if item.advised != item.yours else "as it is"
+        says = [primer.says if primer else "-"] if with_primer else []
+        cells.append([item.knob, _shown(item.yours), advised, *says, item.confidence])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
+    found = lines[:1]
+    for line, (item, primer) in zip(lines[1:], rows, strict=True):
+        found.append(line)
+        if item.why != "as it is":
+            found.append(f"    {item.why} [{item.source}]")
+        if primer:
+            found.append(f"    on the primers: {primer.evidence} [{primer.source}]")
+    return found
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(map(_shown, value))}]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else "-" if value is None else str(value)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def gather(path: Path, overrides: Sequence[str]) -> Facts:
+    """Facts of the recipe at `path`. What cannot be read is named in `missing`.
+
+    Raises: LorakitError for a recipe that is none; RecipeError for targets that its model does not have.
+    """
+    recipe = load_recipe(path, overrides)
+    empty = Facts(path, tuple(overrides), recipe, None, None, ())
+    if recipe.model.trust_remote_code:
+        return replace(empty, missing=("model and rows: advise does not run a model's own code",))
+    missing = []
+    try:
+        folder = model_files.locate(recipe.model, weights=False)
+        base = _base(folder)
+    except LorakitError as error:
+        return replace(empty, missing=(f"model and rows: {error.message}",))
+    if base is None:
+        missing.append(f"shapes: lorakit's tables have no model of this type: {folder / 'config.json'}")
+    rows, told = _rows(recipe, folder)
+    facts = replace(empty, base=base, rows=rows, missing=(*missing, *told))
+    _ = facts.targets
+    return facts
+
+
+def _base(folder: Path) -> Base | None:
+    shapes = model_files.shapes_from_table(folder)
+    config = model_files.read_json(folder / "config.json")
+    text = config.get("text_config") or config
+    stored = str(config.get("dtype") or config.get("torch_dtype") or "")
+    if shapes is None:
+        return None
+    return Base(
+        config["model_type"],
+        _first_size(text, "hidden_size", "n_embd"),
+        _first_size(text, "max_position_embeddings", "n_positions", "max_seq_len"),
+        stored,
+        shapes,
+    )
+
+
+def _first_size(config: Mapping[str, Any], *names: str) -> int | None:
+    return next((config[name] for name in names if type(config.get(name)) is int), None)
+
+
+def _rows(recipe: Recipe, folder: Path) -> tuple[Rows | None, list[str]]:
+    """(the rows, what is wrong with them). They are read as `lorakit preview` reads them; where the recipe
+    refuses or cuts some, again without its limits."""
+    quiet()
+    try:
+        tokenizer = load_tokenizer(folder, recipe.model, recipe.data.chat_template)
+        check_tokenizer(tokenizer)
+    except LorakitError as error:
+        return None, [f"rows: {error.message}"]
+    section = recipe.data
+    training = section.model_copy(update={"eval": None})
+    missing = []
+    try:
+        named = training if isinstance(section.eval, float) else section
+        loaded, other = data.load_parts(recipe.model_copy(update={"data": named}), tokenizer)
+        if not (loaded.account.truncated or loaded.account.dropped):
+            return _measured(loaded, len(other.tokens) if other else None), []
+    except LorakitError as error:
+        missing.append(f"rows, as the recipe reads them: {error.message.splitlines()[0]}")
+    freely = {"max_length": UNCUT, "on_long": "truncate", "on_bad_row": "skip"}
+    freed = recipe.model_copy(update={"data": training.model_copy(update=freely)})
+    try:
+        loaded, _ = data.load_parts(freed, tokenizer)
+    except LorakitError:
+        return None, missing
+    return _measured(loaded, None), missing
+
+
+def _measured(loaded: data.Loaded, held_out: int | None) -> Rows:
+    tokens = loaded.tokens
+    return Rows(
+        tokens.lengths,
+        tokens.num_targets,
+        tokens.num_draws / len(tokens),
+        len(tokens) - loaded.account.duplicates,
+        held_out,
+        loaded.stream is not None,
+    )

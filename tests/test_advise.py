@@ -1,0 +1,475 @@
+"""`lorakit advise`: every rule speaks where it should, is silent where it should be, and its figures are
+right."""
+
+import json
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lorakit.advice.facts import Base, Facts, Rows
+from lorakit.advice.primer import PRIMER
+from lorakit.advice.training import centre
+from lorakit.advise import RULES, Advised, advise, settled
+from lorakit.errors import LorakitError, RecipeError
+from lorakit.recipe import load_recipe
+from lorakit.shapes import shapes_of
+from lorakit.validate import problems_of
+from tests.test_startup import facts_of
+
+LLAMA = {  # Llama 3.2 3B
+    "model_type": "llama",
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 128256,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 131072,
+}
+NARROW = LLAMA | {  # its layers have 2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128) sides: 1,024
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 500,
+    "max_position_embeddings": 1024,
+}
+GOOD: dict[str, Any] = {  # nothing is to be said of it
+    "model": {"path": "owner/name"},
+    "adapter": {"method": "lora", "rank": 16},
+    "data": {"train": "owner/rows", "eval": "owner/rows:test", "max_length": 1024},
+    "optimizer": {"lr": 3e-4},
+    "training": {"epochs": 2},
+    "output": "runs/x",
+}
+
+
+def samples(number: int = 10_000, length: int = 100, longest: int = 120, trained: int = 50) -> Rows:
+    lengths = np.full(number, length)
+    lengths[0] = longest
+    return Rows(lengths, np.full(number, trained), 1.0, number, None, False)
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Callable[..., Facts]:
+    """make(section={field: value}, config=..., rows=...) -> Facts of GOOD with these fields written too."""
+
+    def build(config: dict[str, Any] | None = LLAMA, rows: Rows | None = None, **sections: Any) -> Facts:
+        values = {name: dict(value) if isinstance(value, dict) else value for name, value in GOOD.items()}
+        for name, fields in sections.items():
+            other = name == "adapter" and fields.get("method", "lora") != "lora"
+            merged = fields if other else values.get(name, {}) | fields
+            values[name] = {key: value for key, value in merged.items() if value is not None}
+        if "max_steps" in values["training"]:
+            values["training"].pop("epochs")
+        path = tmp_path / "recipe.yaml"
+        path.write_text(json.dumps(values))
+        base = None
+        if config is not None:
+            shapes = shapes_of(config)
+            assert shapes is not None
+            size, context = config["hidden_size"], config["max_position_embeddings"]
+            base = Base(config["model_type"], size, context, config.get("dtype", "bfloat16"), shapes)
+        return Facts(path, (), load_recipe(path), base, samples() if rows is None else rows, ())
+
+    return build
+
+
+def test_nothing_is_said_of_a_recipe_that_has_what_the_evidence_has(make: Callable[..., Facts]) -> None:
+    assert [item.knob for rule in RULES if (item := rule(make()))] == []
+
+
+LONG = samples(longest=1100)  # one of 10,000 is longer
+FEW = samples(number=400)
+ADALORA = {"method": "adalora"}
+
+# Rule -> (what is written, knob, what is advised). An advice that equals what is written is a word on it.
+PLANTED: dict[str, tuple[dict[str, Any], str, Any]] = {
+    "full_on_few_rows": ({"adapter": {"method": "full"}, "rows": FEW}, "adapter.method", "lora"),
+    "dora_of_high_rank": ({"adapter": {"method": "dora", "rank": 32}}, "adapter.method", "lora"),
+    "lora_fa_saves_little": ({"adapter": {"method": "lora-fa", "projected": True}}, "adapter.method", "lora"),
+    "vera_for_size_alone": ({"adapter": {"method": "vera"}}, "adapter.method", "vera"),
+    "delta_lora_is_a_scale": ({"adapter": {"method": "delta-lora"}}, "adapter.method", "delta-lora"),
+    "adalora_in_few_steps": (
+        {"adapter": ADALORA, "training": {"max_steps": 199}},
+        "adapter.method",
+        "lora",
+    ),
+    "targets_without_mlp": ({"adapter": {"targets": ["q_proj", "k_proj"]}}, "adapter.targets", "all-linear"),
+    "rank_for_the_data": ({"adapter": {"rank": 1}, "rows": samples(trained=1000)}, "adapter.rank", 4),
+    "more_data_than_rank": (
+        {"config": NARROW, "adapter": {"rank": 32}, "rows": samples(trained=1000)},
+        "adapter.method",
+        "full",
+    ),
+    "rank_beyond_the_data": ({"adapter": {"rank": 64, "alpha": 256}, "rows": FEW}, "adapter.rank", 64),
+    "adalora_with_nothing_to_take": (
+        {"adapter": ADALORA | {"init_rank": 8, "target_rank": 8}},
+        "adapter.init_rank",
+        12,
+    ),
+    "adalora_decides_seldom": (
+        {"adapter": ADALORA | {"interval": 500}},  # 1,250 steps, of which 750 prune
+        "adapter.interval",
+        75,
+    ),
+    "scaling_of_high_ranks": ({"adapter": {"rank": 64}}, "adapter.scaling", "rank_stabilized"),
+    "scale_out_of_range": ({"adapter": {"rank": 16, "alpha": 4}}, "adapter.alpha", "auto"),
+    "adalora_scale": ({"adapter": ADALORA | {"init_rank": 64, "alpha": 8}}, "adapter.alpha", "auto"),
+    "adalora_penalty": ({"adapter": ADALORA | {"orthogonal_weight": 0}}, "adapter.orthogonal_weight", 0.1),
+    "dropout_on_few_rows": ({"rows": FEW}, "adapter.dropout", 0.05),
+    "dropout_too_high": ({"adapter": {"dropout": 0.3}}, "adapter.dropout", 0.1),
+    "start_matters_little": ({"adapter": {"init": "gaussian"}}, "adapter.init", "gaussian"),
+    "fp4_instead_of_nf4": ({"model": {"quantize": "fp4"}}, "model.quantize", "nf4"),
+    "constants_not_quantized": (
+        {"model": {"quantize": "nf4", "double_quant": False}},
+        "model.double_quant",
+        True,
+    ),
+    "small_base_quantized": ({"config": NARROW, "model": {"quantize": "nf4"}}, "model.quantize", "none"),
+    "base_held_in_fp32": ({"model": {"dtype": "fp32"}}, "model.dtype", "auto"),
+    "rows_longer_than_allowed": ({"rows": LONG}, "data.max_length", 1152),
+    "rows_padded": ({"data": {"packing": False}, "rows": samples(longest=1000)}, "data.packing", True),
+    "nothing_held_out": ({"data": {"eval": None}}, "data.eval", 0.05),
+    "large_batch": ({"training": {"batch_size": 65}}, "training.batch_size", 32),
+    "seen_often_unwatched": (
+        {"training": {"epochs": 4}, "rows": samples(number=4999)},
+        "eval.early_stopping",
+        3,
+    ),
+    "few_steps": ({"rows": samples(number=128), "adapter": {"dropout": 0.1}}, "training.batch_size", 4),
+    "stopping_that_cannot_happen": (
+        {"eval": {"early_stopping": 5, "every": 250}},  # 1,250 steps
+        "eval.every",
+        62,
+    ),
+    "learning_rate": ({"optimizer": {"lr": 1e-5}}, "optimizer.lr", 3.6e-4),
+    "learning_rate_of_ia3": (
+        {
+            "adapter": {"method": "peft", "type": "IA3", "config": {"feedforward_modules": []}},
+            "optimizer": {"lr": 2e-4},
+        },
+        "optimizer.lr",
+        5e-3,
+    ),
+    "rate_of_b_over_a": ({"optimizer": {"lr_ratio": 16}}, "optimizer.lr_ratio", "lora+"),
+    "strong_decay": ({"optimizer": {"weight_decay": 0.2}}, "optimizer.weight_decay", 0.0),
+    "clipping": ({"optimizer": {"max_grad_norm": 0.01}}, "optimizer.max_grad_norm", 1.0),
+    "long_warmup": ({"schedule": {"warmup": 400}}, "schedule.warmup", 0.03),
+    "schedule_matters_little": ({"schedule": {"name": "constant"}}, "schedule.name", "constant"),
+}
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_every_rule_speaks_on_a_planted_recipe_and_not_on_the_one_that_takes_its_advice(
+    rule: Any, make: Callable[..., Facts]
+) -> None:
+    """A rule without a planted recipe fails here."""
+    written, knob, advised = PLANTED[rule.__name__]
+    facts = make(**written)
+    item = rule(facts)
+    assert item is not None
+    assert (item.knob, item.advised) == (knob, advised)
+    assert item.yours == facts.value(knob)
+    assert item.why and item.source and item.confidence in ("high", "medium", "low")
+    if item.yours == advised or rule.__name__ == "more_data_than_rank":
+        assert not item.settings
+        return
+    after = facts.taken(item.settings)
+    assert after.value(knob) == advised
+    assert rule(after) is None
+    everything = settled(facts)
+    assert item.knob in {found.knob for found in everything}
+    taken = facts.taken({name: value for found in everything for name, value in found.settings.items()})
+    assert [found.knob for found in settled(taken) if found.settings] == []
+
+
+def test_no_planted_recipe_is_of_a_rule_that_is_not_there() -> None:
+    names = [rule.__name__ for rule in RULES]
+    assert sorted(names) == sorted(PLANTED)
+    assert len(set(names)) == len(names)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Figures
+
+
+def said(facts: Facts, name: str) -> Any:
+    (rule,) = [rule for rule in RULES if rule.__name__ == name]
+    return rule(facts)
+
+
+def test_the_capacity_is_that_of_published_counts(make: Callable[..., Facts]) -> None:
+    """Llama 3.2 3B has 946,176 parameters per rank in its MLP and 573,440 in its attention (tinker-cookbook);
+    a parameter holds 2 bits, a token brings 1."""
+    per_rank = 946_176 + 573_440
+    facts = make(adapter={"rank": 8}, rows=samples(number=100_000, trained=500))  # 50M bits
+    assert facts.trained_tokens == 50_000_000
+    assert facts.trainable == 8 * per_rank
+    assert facts.per_rank == per_rank
+    item = said(facts, "rank_for_the_data")
+    assert 50_000_000 / 2 / per_rank == pytest.approx(16.45, abs=0.01)
+    assert item.advised == 32
+    assert f"{2 * 8 * per_rank:,}" in item.why and "16 would do" in item.why
+    enough = make(adapter={"rank": 17}, rows=samples(number=100_000, trained=500))
+    assert said(enough, "rank_for_the_data") is None
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "lora-fa", "delta-lora", "lora-drop"])
+def test_the_advised_rank_holds_the_data_whatever_the_method(method: str, make: Callable[..., Facts]) -> None:
+    sides = {"lora-fa": 2 * (64 + 32 + 32 + 64 + 128 + 128 + 64)}.get(method, 2 * 1024)
+    facts = make(NARROW, samples(number=1000, trained=40), adapter={"method": method, "rank": 1})
+    assert facts.per_rank == sides
+    item = said(facts, "rank_for_the_data")
+    after = facts.taken(item.settings)
+    assert 2 * after.trainable >= 40_000
+    half = facts.taken({"adapter.rank": item.advised // 2})
+    assert 2 * half.trainable < 40_000
+
+
+def test_layers_with_a_rank_of_their_own_keep_it(make: Callable[..., Facts]) -> None:
+    """Of 2,048 sides q_proj has 2 * 128; at rank 4 of its own the others must hold the rest of 20,000."""
+    adapter = {"rank": 2, "rank_pattern": {"q_proj": 4}}
+    facts = make(NARROW, samples(number=1000, trained=40), adapter=adapter)
+    assert facts.per_rank == 2048 - 256
+    assert facts.trainable == 2 * (2048 - 256) + 4 * 256
+    needed = (20_000 - 4 * 256) / (2048 - 256)
+    assert 8 < needed < 16
+    assert said(facts, "rank_for_the_data").advised == 16
+
+
+def test_no_rank_is_above_the_narrowest_layer(make: Callable[..., Facts]) -> None:
+    facts = make(NARROW, samples(trained=1000), adapter={"rank": 8})
+    assert said(facts, "rank_for_the_data").advised == 32  # k_proj: 64 to 32
+
+
+@pytest.mark.parametrize(
+    ("family", "hidden", "expected"),
+    [
+        ("llama", 2048, 5e-4 * (2000 / 2048) ** 0.781),
+        ("llama", 4096, 2.857e-4),
+        ("qwen3", 4096, 4.730e-4),
+        ("mistral", 4096, None),
+    ],
+)
+def test_the_centre_of_the_learning_rate(
+    family: str, hidden: int, expected: float | None, make: Callable[..., Facts]
+) -> None:
+    config = LLAMA | {"model_type": family, "hidden_size": hidden}
+    found = centre(make(config))
+    assert found == (None if expected is None else pytest.approx(expected, rel=1e-3))
+    short = centre(make(config, training={"max_steps": 99}))
+    assert short == (None if expected is None else pytest.approx(1.5 * expected, rel=1e-3))
+
+
+@pytest.mark.parametrize(
+    ("method", "lr", "spoken"),
+    [
+        ("lora", 2.9e-5, "high"),
+        ("lora", 8e-5, "low"),  # inside, but more than four times below 3.58e-4
+        ("lora", 9.1e-5, None),
+        ("lora", 1.4e-3, None),  # four times 3.58e-4
+        ("lora", 1.5e-3, "high"),
+        ("full", 9e-6, "medium"),
+        ("full", 1e-5, None),
+        ("full", 1.5e-4, "medium"),
+        ("vera", 2e-4, "medium"),
+        ("vera", 1e-3, None),
+        ("adalora", 4e-4, "medium"),
+        ("adalora", 5e-4, None),
+    ],
+)
+def test_the_range_of_the_learning_rate_is_the_methods(
+    method: str, lr: float, spoken: str | None, make: Callable[..., Facts]
+) -> None:
+    item = said(make(adapter={"method": method}, optimizer={"lr": lr}), "learning_rate")
+    assert (item and item.confidence) == spoken
+
+
+def test_a_mixture_whose_experts_are_no_layers_is_adapted_as_far_as_targets_reach(
+    make: Callable[..., Facts],
+) -> None:
+    """Mixtral's all-linear is its attention: there is no more to advise."""
+    mixture = LLAMA | {"model_type": "mixtral", "num_local_experts": 4}
+    assert said(make(mixture, adapter={"targets": "attention"}), "targets_without_mlp") is None
+
+
+@pytest.mark.parametrize("scaling", ["standard", "rank_stabilized"])
+@pytest.mark.parametrize("method", ["lora", "dora", "delta-lora"])
+@pytest.mark.parametrize("rank", [1, 2, 16, 128])
+@pytest.mark.parametrize("alpha", [0.1, 1000])
+def test_an_advised_alpha_is_in_range_for_every_scaling(
+    scaling: str, method: str, rank: int, alpha: float, make: Callable[..., Facts]
+) -> None:
+    facts = make(adapter={"method": method, "rank": rank, "alpha": alpha, "scaling": scaling})
+    own = alpha / (rank**0.5 if scaling == "rank_stabilized" else rank) * (3 if method == "delta-lora" else 1)
+    assert facts.scale == pytest.approx(own)
+    item = said(facts, "scale_out_of_range")
+    assert (item is not None) == (not 0.5 <= own <= 8)
+    if item:
+        after = facts.taken(item.settings).scale
+        assert after is not None and 0.5 <= after <= 8
+
+
+def test_the_scale_of_high_ranks_is_the_measured_one(make: Callable[..., Facts]) -> None:
+    facts = make(adapter={"rank": 64})
+    after = facts.taken(said(facts, "scaling_of_high_ranks").settings)
+    assert (facts.scale, after.scale) == (2.0, 8.0)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Rows
+
+
+def test_rows_beyond_the_context_are_dropped_not_asked_for(make: Callable[..., Facts]) -> None:
+    rows = samples(longest=2000)
+    facts = make(NARROW, rows, data={"max_length": 512})
+    item = said(facts, "rows_longer_than_allowed")
+    assert item.settings == {"data.max_length": 1024, "data.on_long": "drop"}
+    there = said(make(NARROW, rows, data={"max_length": 1024}), "rows_longer_than_allowed")
+    assert there.settings == {"data.on_long": "drop"}
+
+
+@pytest.mark.parametrize(("cut", "spoken"), [(100, False), (101, True)])
+@pytest.mark.parametrize("on_long", ["truncate", "drop"])
+def test_one_row_of_a_hundred_may_be_cut(
+    cut: int, spoken: bool, on_long: str, make: Callable[..., Facts]
+) -> None:
+    rows = samples()
+    rows.lengths[:cut] = 1025
+    item = said(make(rows=rows, data={"on_long": on_long}), "rows_longer_than_allowed")
+    assert (item is not None) == spoken
+    assert not item or item.advised == 1088
+
+
+def test_what_a_run_sees_of_its_rows(make: Callable[..., Facts]) -> None:
+    """100 samples of 10 tokens, 4 trained, one of 30 with 20 trained at its end; max_length 20."""
+    lengths, targets = np.array([10] * 100 + [30]), np.array([4] * 100 + [20])
+    rows = Rows(lengths, targets, 1.0, 101, None, False)
+    cut = make(rows=rows, data={"max_length": 20, "on_long": "truncate"}, training={"batch_size": 10})
+    assert (cut.samples, cut.steps, cut.trained_tokens) == (101, 22, 400 + 10)
+    dropped = make(rows=rows, data={"max_length": 20, "on_long": "drop"}, training={"batch_size": 10})
+    assert (dropped.samples, dropped.steps, dropped.trained_tokens) == (100, 20, 400)
+    part = dropped.taken({"training.max_steps": 5})
+    assert (part.passes, part.trained_tokens) == (0.5, 200)
+    held_out = dropped.taken({"data.eval": 0.2})
+    assert (held_out.samples, held_out.trained_tokens) == (80, 320)
+
+
+def test_few_rows_without_enough_to_hold_out_get_fewer_passes(make: Callable[..., Facts]) -> None:
+    facts = make(rows=samples(number=60), data={"eval": None}, training={"epochs": 10})
+    assert said(facts, "nothing_held_out") is None
+    assert said(facts, "seen_often_unwatched").settings == {"training.epochs": 3}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The whole
+
+
+def test_advice_is_taken_by_its_line_and_then_nothing_is_left_to_say(write_recipe: Any, tiny: Path) -> None:
+    recipe = write_recipe(
+        adapter={"method": "full"},
+        data={"train": str(tiny / "train.jsonl"), "max_length": 8, "packing": False},
+        optimizer={"lr": 0.5, "weight_decay": 0.5, "max_grad_norm": None},
+        schedule={"warmup": 0.5},
+        training={"epochs": 8, "batch_size": 128},
+    )
+    found = advise(recipe)
+    knobs = {item.knob for item in found.advice}
+    assert {"adapter.method", "data.max_length", "optimizer.lr", "training.batch_size"} <= knobs
+    assert found.facts.missing[0].startswith("rows, as the recipe reads them: ")
+    line = found.as_text().splitlines()[-1]
+    assert line.startswith("to take it: --set ")
+    taken = [word for word in shlex.split(line.removeprefix("to take it: ")) if word != "--set"]
+    assert taken == list(found.settings)
+    assert problems_of(load_recipe(recipe, taken)) == []
+    again = advise(recipe, taken)
+    assert (again.settings, again.facts.missing) == ((), ())
+    assert load_recipe(recipe).adapter.method == "full"  # the file is as it was
+
+
+def test_the_json_has_the_shape_that_is_documented(write_recipe: Any, cli: Any) -> None:
+    recipe = write_recipe(adapter={"targets": ["q_proj", "k_proj"], "rank": 4})
+    code, out, _ = cli("advise", recipe, "--json", "--profile", "primer", "--set", "optimizer.lr=1e-7")
+    assert code == 0
+    found = json.loads(out)
+    assert list(found) == ["recipe", "facts", "advice", "set"]
+    assert found["recipe"] == str(recipe)
+    assert list(found["facts"]) == ["model", "data", "adapter", "steps", "missing"]
+    by_knob = {item["knob"]: item for item in found["advice"]}
+    targets = by_knob["adapter.targets"]
+    names = ["knob", "yours", "advised", "why", "source", "confidence", "primer"]
+    assert list(targets) == names
+    assert (targets["yours"], targets["advised"]) == (["q_proj", "k_proj"], "all-linear")
+    assert targets["primer"]["says"] == "Wq and Wk"
+    assert {primer.knob for primer in PRIMER} <= set(by_knob)
+    assert by_knob["optimizer.lr"]["yours"] == 1e-7
+    assert "primer" not in by_knob["optimizer.lr"]
+    assert "adapter.targets=all-linear" in found["set"]
+    assert not any(name.startswith("adapter.rank=") for name in found["set"])
+    plain = json.loads(cli("advise", recipe, "--json")[1])
+    assert not any("primer" in item for item in plain["advice"])
+
+
+def test_the_primers_stand_beside_every_knob_they_speak_of(write_recipe: Any, cli: Any) -> None:
+    _, plain, _ = cli("advise", write_recipe())
+    _, both, _ = cli("advise", write_recipe(), "--profile", "primer")
+    assert "primers" not in plain
+    for primer in PRIMER:
+        (row,) = [line for line in both.splitlines() if line.startswith(primer.knob)]
+        assert primer.says in row
+        assert f"    on the primers: {primer.evidence} [{primer.source}]" in both.splitlines()
+
+
+def test_what_cannot_be_read_is_named_and_the_rest_is_advised(write_recipe: Any, tmp_path: Path) -> None:
+    empty = tmp_path / "model"
+    empty.mkdir()
+    recipe = write_recipe(model={"path": str(empty)}, adapter={"targets": "attention"})
+    found = advise(recipe)
+    assert found.facts.missing[0].startswith("model and rows: model.path: ")
+    assert "adapter.targets=all-linear" in found.settings
+    assert "missing   model and rows" in found.as_text()
+    nothing = write_recipe(data={"train": str(tmp_path / "nowhere.jsonl")}, adapter={"targets": "attention"})
+    found = advise(nothing)
+    assert found.facts.base and found.facts.rows is None
+    assert "nowhere.jsonl" in found.facts.missing[0]
+    assert "adapter.targets=all-linear" in found.settings
+
+
+def test_a_recipe_that_cannot_train_is_refused(write_recipe: Any, cli: Any, tmp_path: Path) -> None:
+    code, out, err = cli("advise", write_recipe(adapter={"rnk": 8}))
+    assert (code, out) == (2, "")
+    assert "adapter.rnk" in err
+    with pytest.raises(RecipeError, match="matches nothing"):
+        advise(write_recipe(adapter={"targets": ["nowhere_proj"]}))
+    code, _, err = cli("advise", write_recipe(), "--profile", "modern")
+    assert code == 2
+    assert "--profile modern: expected primer" in err
+    with pytest.raises(LorakitError, match="cannot read this recipe"):
+        advise(tmp_path / "none.yaml")
+
+
+def test_an_adapter_that_is_continued_is_not_told_its_rank(write_recipe: Any, pairs_run: Path) -> None:
+    found = advise(write_recipe(adapter={"start_from": str(pairs_run / "adapter")}))
+    assert not {item.knob for item in found.advice} & {"adapter.rank", "adapter.alpha", "adapter.targets"}
+    assert found.facts.trainable is None
+
+
+def test_advice_that_other_fields_stand_against_is_told_and_not_taken(make: Callable[..., Facts]) -> None:
+    """NF4 of a small base is not undone where a written field would then have no effect."""
+    facts = make(NARROW, model={"quantize": "fp4", "double_quant": True})
+    found = Advised(facts, settled(facts))
+    assert [item for item in found.settings if item.startswith("model.")] == ["model.quantize=nf4"]
+
+
+def test_advise_imports_no_torch(write_recipe: Any) -> None:
+    packages, _ = facts_of("advise", write_recipe())
+    assert not {"torch", "peft", "accelerate", "datasets", "pandas"} & packages
