@@ -127,7 +127,14 @@ PLANTED: dict[str, tuple[dict[str, Any], str, Any]] = {
     "adalora_penalty": ({"adapter": ADALORA | {"orthogonal_weight": 0}}, "adapter.orthogonal_weight", 0.1),
     "dropout_on_few_rows": ({"rows": FEW}, "adapter.dropout", 0.05),
     "dropout_too_high": ({"adapter": {"dropout": 0.3}}, "adapter.dropout", 0.1),
-    "start_matters_little": ({"adapter": {"init": "gaussian"}}, "adapter.init", "gaussian"),
+    "gaussian_is_a_larger_start": ({"adapter": {"init": "gaussian"}}, "adapter.init", "gaussian"),
+    "orthogonal_matters_little": ({"adapter": {"init": "orthogonal"}}, "adapter.init", "orthogonal"),
+    "pissa_scale": ({"adapter": {"init": "pissa", "rank": 64}}, "adapter.alpha", 64.0),
+    "loftq_gains_little": (
+        {"adapter": {"init": "loftq"}, "model": {"quantize": "nf4"}},
+        "adapter.init",
+        "loftq",
+    ),
     "fp4_instead_of_nf4": ({"model": {"quantize": "fp4"}}, "model.quantize", "nf4"),
     "constants_not_quantized": (
         {"model": {"quantize": "nf4", "double_quant": False}},
@@ -161,6 +168,8 @@ PLANTED: dict[str, tuple[dict[str, Any], str, Any]] = {
         5e-3,
     ),
     "rate_of_b_over_a": ({"optimizer": {"lr_ratio": 16}}, "optimizer.lr_ratio", "lora+"),
+    "optimizer_matters_little": ({"optimizer": {"name": "sophia"}}, "optimizer.name", "sophia"),
+    "state_that_is_small_already": ({"optimizer": {"name": "adamw_8bit"}}, "optimizer.name", "adamw"),
     "strong_decay": ({"optimizer": {"weight_decay": 0.2}}, "optimizer.weight_decay", 0.0),
     "clipping": ({"optimizer": {"max_grad_norm": 0.01}}, "optimizer.max_grad_norm", 1.0),
     "long_warmup": ({"schedule": {"warmup": 400}}, "schedule.warmup", 0.03),
@@ -292,6 +301,34 @@ def test_the_range_of_the_learning_rate_is_the_methods(
 ) -> None:
     item = said(make(adapter={"method": method}, optimizer={"lr": lr}), "learning_rate")
     assert (item and item.confidence) == spoken
+
+
+@pytest.mark.parametrize(("name", "times"), [("lion", 0.25), ("sophia", 0.5), ("adafactor", 1.0)])
+def test_other_optimizers_have_a_range_of_their_own(
+    name: str, times: float, make: Callable[..., Facts]
+) -> None:
+    """AdamW's is 3e-5 to four times 3.58e-4."""
+    spoken = [
+        said(make(optimizer={"name": name, "lr": times * lr}), "learning_rate") is not None
+        for lr in (2.9e-5, 9.1e-5, 1.4e-3, 1.5e-3)
+    ]
+    assert spoken == [True, False, False, True]
+
+
+def test_no_range_is_known_for_sgd(make: Callable[..., Facts]) -> None:
+    assert said(make(optimizer={"name": "sgd", "lr": 10.0}), "learning_rate") is None
+
+
+def test_how_much_larger_a_gaussian_start_is(make: Callable[..., Facts]) -> None:
+    """Rank 16, 3,072 inputs: 1/16 against 1/sqrt(3 * 3,072) = 1/96."""
+    facts = make(adapter={"init": "gaussian"})
+    assert "A starts 6 times as large" in said(facts, "gaussian_is_a_larger_start").why
+
+
+def test_a_start_that_cannot_have_dropout_is_not_told_of_it(make: Callable[..., Facts]) -> None:
+    for init, spoken in (("default", True), ("olora", False), ("pissa", False)):
+        item = said(make(rows=FEW, adapter={"init": init}), "dropout_on_few_rows")
+        assert (item is not None) == spoken
 
 
 def test_a_mixture_whose_experts_are_no_layers_is_adapted_as_far_as_targets_reach(

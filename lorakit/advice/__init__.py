@@ -24,6 +24,7 @@ BIDERMAN = "LoRA Learns Less and Forgets Less 2405.09673"
 PEFT = "PEFT's method_comparison, 2026"
 ADALORA = "AdaLoRA 2303.10512"
 VERA = "VeRA 2310.11454"
+PISSA = "PiSSA 2404.02948"
 RSLORA = "rsLoRA 2312.03732"
 TOOLS = "what other tools default to; no comparison known"
 

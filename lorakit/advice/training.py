@@ -22,9 +22,16 @@ from lorakit.advice import (
 )
 from lorakit.advice.facts import Facts
 from lorakit.advice.rules import FEW, PRODUCTS
+from lorakit.recipe.optimizer import OPTIMIZERS
 
 SMALL_BASE = 300_000_000  # parameters: what 4 bits save of them is less than half a gigabyte
 ADAM = ("adamw", "adamw_8bit", "paged_adamw_8bit")
+RATE_OVER_ADAM = dict.fromkeys(ADAM, 1.0) | {
+    "adafactor": 1.0,
+    "lion": 0.25,
+    "sophia": 0.5,
+}  # of their defaults
+SMALL_STATE = 500_000_000  # bytes that are not worth rounding for
 POWERS = {"llama": 0.781, "qwen": 0.0775}  # of the hidden size, by family
 PATIENCE = 3  # evaluations without a lower loss
 LARGE_BATCH, ADVISED_BATCH = 64, 32
@@ -204,23 +211,27 @@ def learning_rate(facts: Facts) -> Advice | None:
     A narrow model bears more: the range reaches up to four times its centre.
     """
     optimizer: Any = facts.recipe.optimizer
-    if optimizer.name not in ADAM or facts.method not in _RATES:
+    share = RATE_OVER_ADAM.get(optimizer.name)
+    if share is None or facts.method not in _RATES or getattr(optimizer, "eps2", 1.0) < 1:
         return None
-    times, low, high, typical, why, source = _RATES[facts.method]
+    times, *bounds, why, source = _RATES[facts.method]
+    low, high, typical = (share * bound for bound in bounds)
     best = centre(facts)
-    middle = None if best is None else times * best
+    middle = None if best is None else share * times * best
     if middle is not None:
         high = max(high, 4 * middle)
     inside = low <= optimizer.lr <= high
     if inside and (middle is None or optimizer.lr >= middle / 4):
         return None
     advised = float(f"{typical if middle is None else max(low, middle):.1e}")
+    if share != 1:
+        why = f"{why}, {optimizer.name}'s is {share:g} times AdamW's"
     tried = f"{why}; {low:g} to {high:.2g} is what to search"
     if middle is not None:
         tried += f", and sweeps of this family put the centre at {middle:.2g}"
         source = f"{source}; {TINKER}"
     large = facts.base is not None and (facts.base.hidden or 0) >= 1000
-    unsure = inside or facts.base is None
+    unsure = inside or facts.base is None or share != 1
     confidence: Any = "low" if unsure else "high" if large and facts.method in PRODUCTS else "medium"
     if optimizer.lr > high and facts.method in PRODUCTS:
         tried += "; at 3e-3 Llama 3.1 8B diverged at every rank"
@@ -270,6 +281,32 @@ def few_steps(facts: Facts) -> Advice | None:
     )
 
 
+def optimizer_matters_little(facts: Facts) -> Advice | None:
+    said = {
+        "sgd": "SGD and AdamW ended alike on LoRA; its learning rate is to be searched anew for every model",
+        "adafactor": "it saves state, of which an adapter has little; no gain on LoRA is known",
+        "lion": "its gains were shown for large batches, which LoRA does not like",
+        "sophia": "twice as fast was shown for pre-training from scratch; on LoRA optimizers matter little",
+    }
+    name = facts.recipe.optimizer.name
+    if name not in said or facts.method == "full":
+        return None
+    return keep(
+        facts, "optimizer.name", said[name], f"Raschka 2023; {OPTIMIZERS[name].source or PEFT}", "medium"
+    )
+
+
+def state_that_is_small_already(facts: Facts) -> Advice | None:
+    name = facts.recipe.optimizer.name
+    if name not in ("adamw_8bit", "paged_adamw_8bit") or facts.trainable is None:
+        return None
+    saved = 6 * facts.trainable  # 8 bytes per parameter become 2
+    if saved >= SMALL_STATE:
+        return None
+    why = f"8 bits save {saved / 1e6:,.3g} MB of the means of {facts.trainable:,} parameters, and round them"
+    return change(facts, "optimizer.name", "adamw", why, "counted from your model", "medium")
+
+
 def strong_decay(facts: Facts) -> Advice | None:
     decay = facts.value("optimizer.weight_decay")
     if decay is None or decay <= 0.1 or facts.recipe.optimizer.name not in ADAM:
@@ -287,6 +324,8 @@ def clipping(facts: Facts) -> Advice | None:
 
 
 def long_warmup(facts: Facts) -> Advice | None:
+    if facts.recipe.schedule.name == "inverse-sqrt":  # whose fall the warm-up decides
+        return None
     warmup = facts.recipe.schedule.warmup
     share = warmup / (facts.steps or math.inf) if isinstance(warmup, int) else warmup
     if share <= 0.2:
@@ -299,7 +338,7 @@ def schedule_matters_little(facts: Facts) -> Advice | None:
     name = facts.recipe.written("schedule.name")
     if name in (None, "cosine"):
         return None
-    why = "cosine, linear and constant are all in use, with little between them; the learning rate counts"
+    why = "schedules of every shape are in use, with little between them; the learning rate counts"
     return keep(facts, "schedule.name", why, f"{QLORA} and {TML} constant, {PEFT} cosine", "medium")
 
 
@@ -318,6 +357,8 @@ RULES: tuple[Rule, ...] = (
     learning_rate,
     learning_rate_of_ia3,
     rate_of_b_over_a,
+    optimizer_matters_little,
+    state_that_is_small_already,
     strong_decay,
     clipping,
     long_warmup,
