@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
-from torch import nn
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
 from lorakit.errors import LorakitError, out_of_memory
 from lorakit.layers import layers_of
-from lorakit.model_files import fingerprint
+from lorakit.model_files import by_leaf, fingerprint, header, nearest, weight_files
 from lorakit.recipe.model import Model
 from lorakit.shapes import Layer
 from lorakit.terminal import say
@@ -32,6 +32,7 @@ class Base:
     layers: tuple[Layer, ...]
     experts: tuple[str, ...]  # 3-D expert weights, which `targets` never means
     fingerprint: str
+    folder: Path  # of its files
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -106,7 +107,23 @@ def load(folder: Path, section: Model, model_class: str, dtype: str, device: tor
     model.requires_grad_(False)
     model.eval()
     layers, experts = layers_of(model)
-    return Base(model, stored, layers, experts, fingerprint(folder))
+    return Base(model, stored, layers, experts, fingerprint(folder), folder)
+
+
+def stored(folder: Path, parameter: str) -> Tensor:
+    """A parameter of the model as its files hold it, by its name in the model, whose beginning may be another
+    in the files.
+
+    Raises: LorakitError where there is no such tensor, or more than one, in the files.
+    """
+    files = {key: path for path in weight_files(folder) for key in header(path)}
+    near = nearest(parameter, by_leaf(files))
+    if len(near) != 1:
+        what = f"could be {near[0]} or {near[1]}" if near else "is not"
+        raise LorakitError(f"{parameter} {what} in the files of {folder}")
+    with safe_open(files[near[0]], "pt") as file:
+        found: Tensor = file.get_tensor(near[0])
+    return found
 
 
 def misread_widths(model: nn.Module) -> list[int]:

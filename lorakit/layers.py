@@ -3,12 +3,13 @@
 shapes.py holds the same ideas without torch.
 """
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.errors import LorakitError
@@ -122,6 +123,24 @@ def _is_router(name: str, out_features: int, num_experts: list[int | None]) -> b
         return True
     # An unusual name is told by its width; but keys, values and shared experts can be as wide by chance.
     return out_features in num_experts and not is_attention(name) and "expert" not in name
+
+
+def matrix_of(module: Any) -> Tensor:
+    """The matrix that a layer of bitsandbytes means, (out, in).
+
+    Read as one long row: as a matrix some widths are misread on a CPU (base_model.misread_widths).
+    """
+    from bitsandbytes import functional
+
+    weight = module.weight
+    if weight.dtype == torch.int8:
+        scale = module.state.SCB if weight.SCB is None else weight.SCB
+        rows: Tensor = functional.int8_vectorwise_dequant(weight.data, scale)
+        return rows
+    as_row = copy.copy(weight.quant_state)
+    as_row.shape = torch.Size([module.in_features * module.out_features])
+    row: Tensor = functional.dequantize_4bit(weight.data, as_row)
+    return row.reshape(module.out_features, module.in_features)
 
 
 def num_parameters(model: nn.Module, layers: tuple[Layer, ...]) -> int:

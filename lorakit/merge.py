@@ -232,7 +232,7 @@ def layout(opened: Opened, changed: set[str], keys: Sequence[str]) -> Outputs:
     """
     ends, absent = _ends(opened), None
     if _comes_apart(opened):
-        absent = next((end for end in ends if not nearest(end, by_leaf(keys))), None)
+        absent = next((end for end in ends if not model_files.nearest(end, model_files.by_leaf(keys))), None)
     names = {key: name for name, key in stored_names(sorted(changed - {absent}), keys).items()}
     outputs: Outputs = {key: [(key, names.get(key))] for key in keys}
     if absent is not None:
@@ -246,9 +246,9 @@ def stored_names(parameters: Sequence[str], keys: Sequence[str]) -> dict[str, st
 
     Raises: LorakitError for a parameter that is in no file, or that two tensors could be.
     """
-    index, found = by_leaf(keys), {}
+    index, found = model_files.by_leaf(keys), {}
     for name in parameters:
-        near = nearest(name, index)
+        near = model_files.nearest(name, index)
         if len(near) != 1:
             what = f"could be {near[0]} or {near[1]}" if near else "is in none of the base's files"
             raise LorakitError(
@@ -257,32 +257,6 @@ def stored_names(parameters: Sequence[str], keys: Sequence[str]) -> dict[str, st
             )
         found[name] = near[0]
     return found
-
-
-def by_leaf(keys: Sequence[str]) -> dict[str, list[str]]:
-    """Last two parts of a name -> the keys that end so."""
-    index: dict[str, list[str]] = {}
-    for key in keys:
-        index.setdefault(".".join(key.split(".")[-2:]), []).append(key)
-    return index
-
-
-def nearest(name: str, index: dict[str, list[str]]) -> list[str]:
-    """The keys that share most with `name`: the longest common end, then most of the other parts. The proof
-    finds out where that is wrong."""
-    candidates = index.get(".".join(name.split(".")[-2:]), [])
-    if name in candidates:
-        return [name]
-
-    def shared(key: str) -> tuple[int, int]:
-        ours, theirs = name.split("."), key.split(".")
-        same = 0
-        while same < min(len(ours), len(theirs)) and ours[-1 - same] == theirs[-1 - same]:
-            same += 1
-        return same, len({*ours[: len(ours) - same]} & {*theirs[: len(theirs) - same]})
-
-    most = max(map(shared, candidates), default=(0, 0))
-    return [key for key in candidates if shared(key) == most]
 
 
 def keys_of(files: Sequence[Path]) -> list[str]:

@@ -9,6 +9,7 @@ import json
 import os
 import struct
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,32 @@ def header(path: Path) -> dict[str, Any]:
             return dict(json.loads(file.read(size)))
         except ValueError:
             raise LorakitError(f"{path}: damaged safetensors header") from None
+
+
+def by_leaf(keys: Iterable[str]) -> dict[str, list[str]]:
+    """Last two parts of a name -> the keys that end so."""
+    index: dict[str, list[str]] = {}
+    for key in keys:
+        index.setdefault(".".join(key.split(".")[-2:]), []).append(key)
+    return index
+
+
+def nearest(name: str, index: dict[str, list[str]]) -> list[str]:
+    """The keys that share most with `name`: the longest common end, then most of the other parts. The reader
+    proves what it read: this is a guess."""
+    candidates = index.get(".".join(name.split(".")[-2:]), [])
+    if name in candidates:
+        return [name]
+
+    def shared(key: str) -> tuple[int, int]:
+        ours, theirs = name.split("."), key.split(".")
+        same = 0
+        while same < min(len(ours), len(theirs)) and ours[-1 - same] == theirs[-1 - same]:
+            same += 1
+        return same, len({*ours[: len(ours) - same]} & {*theirs[: len(theirs) - same]})
+
+    most = max(map(shared, candidates), default=(0, 0))
+    return [key for key in candidates if shared(key) == most]
 
 
 def stored_dtype(folder: Path) -> str:

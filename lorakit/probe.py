@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from lorakit import loop, optim
+from lorakit import base_model, loop, optim
 from lorakit.data.batches import Step, collate, layout, order, step_of
 from lorakit.data.tokens import Part
 from lorakit.errors import RecipeError, RunError
@@ -104,6 +104,9 @@ class RunProbe:
                 objective(micro)
         finally:
             objective.repeats_shapes = before
+
+    def stored(self, parameter: str) -> Tensor:
+        return base_model.stored(self.ready.base.folder, parameter)
 
     def sum_over_ranks(self, tensor: Tensor) -> Tensor:
         summed: Tensor = self.ranks.reduce(tensor, "sum")

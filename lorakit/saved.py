@@ -3,7 +3,6 @@
 Every verb that reads a finished run begins here: find() says what lies there, open_saved() loads it.
 """
 
-import copy
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -21,7 +20,7 @@ from lorakit.adapters import Adapter, attach, lora_files
 from lorakit.base_model import Base
 from lorakit.devices import autocast_for
 from lorakit.errors import LorakitError
-from lorakit.layers import layers_of
+from lorakit.layers import layers_of, matrix_of
 from lorakit.recipe import is_hub_id, load_recipe
 from lorakit.recipe.methods import Dora, Lora
 from lorakit.recipe.model import Model
@@ -282,24 +281,6 @@ def in_fp32(model: Any) -> dict[str, Tensor]:
         if tensor.is_floating_point():
             tensor.data = tensor.data.float()
     return found
-
-
-def matrix_of(module: Any) -> Tensor:
-    """The matrix that a layer of bitsandbytes means, (out, in).
-
-    Read as one long row: as a matrix some widths are misread on a CPU (base_model.misread_widths).
-    """
-    from bitsandbytes import functional
-
-    weight = module.weight
-    if weight.dtype == torch.int8:
-        scale = module.state.SCB if weight.SCB is None else weight.SCB
-        rows: Tensor = functional.int8_vectorwise_dequant(weight.data, scale)
-        return rows
-    as_row = copy.copy(weight.quant_state)
-    as_row.shape = torch.Size([module.in_features * module.out_features])
-    row: Tensor = functional.dequantize_4bit(weight.data, as_row)
-    return row.reshape(module.out_features, module.in_features)
 
 
 def _tokenizer(folder: Path, section: Model, chat_template: str | None) -> Any | None:

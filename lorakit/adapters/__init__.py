@@ -68,6 +68,9 @@ class Probe(Protocol):
     def forward(self, micro: MicroBatch) -> None:
         """Runs the model without gradients and dropout, each token in its own row."""
 
+    def stored(self, parameter: str) -> Tensor:
+        """A parameter of the base as its files hold it. Raises: LorakitError where they do not."""
+
     def sum_over_ranks(self, tensor: Tensor) -> Tensor:
         """The sum of what all ranks give, on all ranks."""
 

@@ -28,6 +28,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from math import hypot
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ from lorakit.errors import LorakitError
 from lorakit.recipe.methods import DeltaLora, Dora, Lora, LoraDrop, LoraFa
 from lorakit.recipe.traits import init_of
 from lorakit.targets import Target
-from lorakit.terminal import progress
+from lorakit.terminal import progress, say
 
 _START = "start"  # the adapter of B_0 A_0, where it is taken away (inits.py)
 
@@ -82,6 +83,10 @@ class LoraAdapter(Adapter):
         )
         for trained in self.trained():
             trained.parameter.data = trained.parameter.data.float()
+        if section.init == "orthogonal":
+            for item in self.trained():
+                if item.role is Role.A:
+                    item.parameter.data = inits.orthogonal(item.parameter.data)
         if section.method == "dora":
             self._measure_rows()
         names = [target.layer.name for target in targets if target.layer.kind != "experts"]
@@ -132,16 +137,30 @@ class LoraAdapter(Adapter):
     @torch.no_grad()
     def prepare(self, probe: Probe) -> None:
         """A and B from the weights, where `init` says so; the base's weights stay as they are."""
-        assert isinstance(self.section, Lora)
+        sizes = []
         with progress() as display:
             bar = display.add_task(self.section.init, total=len(self.layers))
-            for layer in self.layers.values():
-                rank, scale = layer.r[NAME], layer.scaling[NAME]
-                found = inits.from_weight(self.section, base_matrix(layer), rank, scale, self.seed)
-                for name in (NAME, _START):
-                    for factor, values in zip(factors(layer, name), found, strict=True):
-                        factor.copy_(values)
+            for name, layer in self.layers.items():
+                sizes.append(self._from_weight(name, layer, probe))
                 display.advance(bar)
+        if self.section.init == "loftq":
+            whole, before, now = (hypot(*column) for column in zip(*sizes, strict=True))
+            told = f"quantization took {before / whole:.2%} of the adapted weights, of which A and B leave"
+            say(f"loftq     {told} {now / whole:.2%}: step 0 is not the quantized base")
+
+    def _from_weight(self, name: str, layer: Any, probe: Probe) -> tuple[float, float, float]:
+        """Fills the factors of a layer. |.|_F of its weight, of what they start from, and of what they leave
+        of it."""
+        assert isinstance(self.section, Lora)
+        weight, scale, weight_name = base_matrix(layer), layer.scaling[NAME], f"{name}.weight"
+        source = weight
+        if self.section.init == "loftq":
+            source = inits.taken(weight_name, probe.stored(weight_name), weight)
+        a, b = inits.from_weight(self.section, source, layer.r[NAME], scale, self.seed)
+        for each in (NAME, _START)[: self.init.pairs]:
+            for factor, values in zip(factors(layer, each), (a, b), strict=True):
+                factor.copy_(values)
+        return float(weight.norm()), float(source.norm()), float((source - scale * b @ a).norm())
 
     def disabled(self) -> AbstractContextManager[None]:
         return base_alone(self.peft)

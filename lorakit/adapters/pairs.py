@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lorakit.layers import matrix_of
+
 NAME = "default"  # the adapter that is trained
 
 
@@ -42,8 +44,10 @@ def activate(layer: Any, *frozen: str) -> None:
 
 
 def base_matrix(layer: Any) -> Tensor:
-    """(out, in): the weight of an unquantized base layer, in fp32 or better."""
+    """(out, in): the matrix that the base layer means, in fp32 or better."""
     base = layer.get_base_layer()
     weight: Tensor = base.weight.detach()
+    if weight.dtype in (torch.uint8, torch.int8):
+        return matrix_of(base).float()
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     return wide.T if isinstance(base, Conv1D) else wide

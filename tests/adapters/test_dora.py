@@ -16,12 +16,11 @@ from lorakit import base_model
 from lorakit.adapters import Role, attach
 from lorakit.errors import LorakitError
 from lorakit.kernels import lora
-from lorakit.layers import layers_of
+from lorakit.layers import layers_of, matrix_of
 from lorakit.optim import groups
 from lorakit.recipe.methods import Dora
 from lorakit.recipe.model import Model
 from lorakit.recipe.traits import TRAITS
-from lorakit.saved import matrix_of
 from lorakit.targets import assign, select
 from tests import architectures
 from tests.test_merge import save

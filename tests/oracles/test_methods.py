@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from lorakit import loop, optim, saved
+from lorakit import loop, optim
 from lorakit.adapters import Adapter, Role, attach
 from lorakit.data.batches import Batches
-from lorakit.layers import layers_of
+from lorakit.layers import layers_of, matrix_of
 from lorakit.merge import merge
 from lorakit.recipe.methods import Lora
 from lorakit.recipe.optimizer import AdamW
@@ -415,7 +415,7 @@ def test_c15_the_codes_of_nf4() -> None:
     """What bitsandbytes makes of a matrix of ones and zeros and what lies between, against the definition."""
     codes = torch.from_numpy(nf4_codes())
     layer = nf4_layer(codes.float().repeat(4).repeat(8, 1))
-    found = saved.matrix_of(layer).double().unique()
+    found = matrix_of(layer).double().unique()
     assert len(found) == 16
     assert float((found - codes).abs().max()) < 2e-7
     assert found[1].item() == pytest.approx(-0.6961928009986877, abs=1e-7)  # as printed in the paper
@@ -426,10 +426,10 @@ def test_c15_the_codes_of_nf4() -> None:
 def test_o30_codes_times_a_constant_survive_four_bits_exactly(scale: float) -> None:
     """A block of 64 that holds nothing but codes times its largest entry is itself again, to the bit."""
     layer = nf4_layer(torch.from_numpy(nf4_codes()).float().repeat(4).repeat(8, 1))
-    exact = saved.matrix_of(layer)  # the codes as bitsandbytes has them, in fp32
+    exact = matrix_of(layer)  # the codes as bitsandbytes has them, in fp32
     draw = torch.Generator().manual_seed(0)
     weight = torch.stack([row[torch.randperm(64, generator=draw)] for row in exact]) * scale
-    assert torch.equal(saved.matrix_of(nf4_layer(weight)), weight)
+    assert torch.equal(matrix_of(nf4_layer(weight)), weight)
 
 
 def test_o03_a_merge_rounded_to_bf16_is_within_2_percent_and_one_into_4_bits_is_not(tmp_path: Path) -> None:
@@ -456,7 +456,7 @@ def test_o03_a_merge_rounded_to_bf16_is_within_2_percent_and_one_into_4_bits_is_
         model = plain(place)
         for name, module in list(model.named_modules()):
             if isinstance(module, nn.Linear) and name != "lm_head":
-                module.weight.data = saved.matrix_of(nf4_layer(module.weight.data))
+                module.weight.data = matrix_of(nf4_layer(module.weight.data))
         return model
 
     assert off(in_4_bits) > 0.1
