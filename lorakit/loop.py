@@ -272,8 +272,8 @@ def due(step: int, every: int, total_steps: int) -> bool:
 
 
 def judge(state: TrainState, loss: float, candidate: bool = True) -> bool:
-    """Record an evaluation; True when it is the best so far. That of step 0 is the base model's, and no
-    candidate; nor is an adapter that has not its final shape yet.
+    """Record an evaluation; True when it is the best so far. That of step 0, where nothing was
+    trained yet, is no candidate; nor is an adapter that has not its final shape yet.
 
     Raises: RunError for a loss that is no number: what is trained on would be lost.
     """

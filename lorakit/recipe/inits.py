@@ -36,7 +36,7 @@ INITS: dict[str, Init] = {
     ),
     "orthogonal": Init(
         "A with orthogonal rows of the default's length, B = 0",
-        "no two directions of A are alike from the start; matters for large ranks only",
+        "little to gain where R is far below I: rows drawn at random are nearly orthogonal there",
         "arXiv 1312.6120",
         refuses={"embedding": _EMBEDDING, "experts": _EXPERTS},
     ),
@@ -81,7 +81,7 @@ INITS: dict[str, Init] = {
     ),
     "loftq": Init(
         "B A = the R largest singular directions of W - quantized W",
-        "gives back part of what quantization took: step 0 is nearer to the unquantized base",
+        "gives back part of what quantization took: step 0 is not the base, but nearer to it unquantized",
         "arXiv 2310.08659",
         refuses={
             "unquantized": "there is nothing to give back: model.quantize is none",

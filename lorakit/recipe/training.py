@@ -47,7 +47,7 @@ class Eval(Section):
     """Evaluate every so many steps, and after the last one."""
 
     at_start: bool = True
-    """Evaluate before the first step: the base model's score."""
+    """Evaluate before the first step: the base model's score, or with init: loftq that of its start."""
 
     early_stopping: Every | None = None
     """Stop after so many evaluations in a row without a lower loss. null: never."""
