@@ -309,7 +309,7 @@ def gaussian_is_a_larger_start(facts: Facts) -> Advice | None:
         return None
     times = (3 * facts.base.hidden) ** 0.5 / facts.adapter.rank
     why = (
-        f"with {facts.base.hidden:,} inputs A starts {times:.2g} times as large as by default: under Adam as if"
+        f"with {facts.base.hidden:,} inputs A starts {times:.2g} times as large as by default; to Adam as if"
         f" B's learning rate were {times:.2g} times as high, and A's as many times lower"
     )
     return keep(facts, "adapter.init", why, f"arithmetic; invariance of Adam, {TML}", "high")
@@ -327,7 +327,8 @@ def pissa_scale(facts: Facts) -> Advice | None:
         return None
     rank = facts.adapter.rank
     advised = rank if facts.adapter.scaling == "standard" else rank**0.5
-    why = f"its authors take a scale of 1; with {facts.scale:g} a step moves W {facts.scale**0.5:.3g} times as far"
+    further = facts.scale**0.5 if facts.scale else 0.0
+    why = f"its authors take a scale of 1; with {facts.scale:g} a step moves W {further:.3g} times as far"
     return change(facts, "adapter.alpha", float(advised), why, PISSA, "low")
 
 

@@ -30,7 +30,7 @@ RATE_OVER_ADAM = dict.fromkeys(ADAM, 1.0) | {
     "adafactor": 1.0,
     "lion": 0.25,
     "sophia": 0.5,
-}  # of their defaults
+}
 SMALL_STATE = 500_000_000  # bytes that are not worth rounding for
 POWERS = {"llama": 0.781, "qwen": 0.0775}  # of the hidden size, by family
 PATIENCE = 3  # evaluations without a lower loss
