@@ -22,9 +22,10 @@ from lorakit.adapter_file import ROWS, AdapterFile, kind_of
 from lorakit.adapters.lora_files import PREFIX, Contents, Factors, read_adapter
 from lorakit.anatomy import Update
 from lorakit.errors import LorakitError
+from lorakit.layers import matrix_of
 from lorakit.merge import keys_of, stored_names
 from lorakit.recipe.model import Model
-from lorakit.saved import Saved, base_section, check_base, matrix_of, open_saved
+from lorakit.saved import Saved, base_section, check_base, open_saved
 from lorakit.shapes import Layer, Shapes
 
 Read = Callable[[str], Tensor]  # parameter name -> the base's tensor, as a model stores it
