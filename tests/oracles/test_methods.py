@@ -52,7 +52,7 @@ from tests.oracles.test_loop_by_hand import (
 
 _HERE, _MATRIX, _COUNT = "oracles/test_methods.py", "adapters/test_matrix.py", "test_count.py"
 _ADALORA, _DELTA = "adapters/test_adalora.py", "adapters/test_delta_lora.py"
-_INITS = "adapters/test_inits.py"
+_INITS, _SOPHIA = "adapters/test_inits.py", "optim/test_sophia.py"
 HELD: dict[str, tuple[str, str]] = {  # oracle -> (file below tests/, beginning of the names of its tests)
     "C1-C5, C7": (_COUNT, "test_published_numbers"),
     "C6": (_COUNT, "test_the_methods_of_pefts_benchmark"),
@@ -85,6 +85,8 @@ HELD: dict[str, tuple[str, str]] = {  # oracle -> (file below tests/, beginning 
     "O18": ("adapters/test_dora.py", "test_o18"),
     "O19 masked for good": (_ADALORA, "test_what_is_taken_away_stays_away"),
     "O19 the scale": (_ADALORA, "test_the_scale_stays_that_of_the_initial_rank"),
+    "O20": (_SOPHIA, "test_o20"),
+    "O22": (_SOPHIA, "test_o22"),
     "O23": (_INITS, "test_o23"),
     "O24": (_INITS, "test_o24"),
     "O25": (_HERE, "test_o25"),
@@ -102,7 +104,7 @@ HELD: dict[str, tuple[str, str]] = {  # oracle -> (file below tests/, beginning 
 LATER = {  # what today's code has nothing of
     "C12": "EVA",
     "O11": "sums of adapters",
-    "O20-O22": "Sophia",
+    "O21": "Sophia-H, which needs second derivatives of every layer",
     "O31": "distillation",
     "O32": "Reptile",
 }

@@ -11,15 +11,18 @@ from torch import nn
 from lorakit import optim
 from lorakit.adapters import Role, Trained
 from lorakit.recipe.optimizer import AdamW
+from lorakit.recipe.schedule import SCHEDULES
 
 PEAK = 3e-4
 # (warm-up steps, total steps)
 LENGTHS = [(0, 1), (0, 2), (0, 50), (1, 2), (1, 50), (5, 50), (49, 50)]
-SHAPES = ("constant", "linear", "cosine")
+SHAPES = tuple(SCHEDULES)
 
 
-def learning_rates(name: str, warmup_steps: int, total_steps: int) -> np.ndarray:
-    return np.array([optim.lr_at(step, name, PEAK, warmup_steps, total_steps) for step in range(total_steps)])
+def learning_rates(name: str, warmup_steps: int, total_steps: int, *more: float) -> np.ndarray:
+    """`more`: steps of the decay, the floor."""
+    steps = range(total_steps)
+    return np.array([optim.lr_at(step, name, PEAK, warmup_steps, total_steps, *more) for step in steps])
 
 
 @pytest.mark.parametrize(("warmup_steps", "total_steps"), LENGTHS)
@@ -60,10 +63,11 @@ def test_nothing_jumps_at_the_end_of_the_warm_up(name: str, warmup_steps: int) -
     rates = learning_rates(name, warmup_steps, total_steps)
     assert rates[warmup_steps - 1] == rates[warmup_steps] == PEAK
     assert rates.max() == PEAK
-    steepest = (
-        {"constant": 0.0, "linear": 1.0, "cosine": math.pi / 2}[name] * PEAK / (total_steps - warmup_steps)
-    )
-    assert np.abs(np.diff(rates[warmup_steps - 1 :])).max() <= steepest * (1 + 1e-9)
+    steepest = {"constant": 0.0, "wsd": 0.0, "linear": 1.0, "cosine": math.pi / 2}
+    if name == "inverse-sqrt":  # its slope at the end of the warm-up is half of the warm-up's
+        steepest[name] = (total_steps - warmup_steps) / warmup_steps / 2
+    steepest_step = steepest[name] * PEAK / (total_steps - warmup_steps)
+    assert np.abs(np.diff(rates[warmup_steps - 1 :])).max() <= steepest_step * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -81,6 +85,51 @@ def test_the_fall_would_reach_zero_at_the_total(name: str) -> None:
     """The step after the last, which no run takes."""
     assert optim.lr_at(20, name, PEAK, 4, 20) == pytest.approx(0, abs=1e-20)
     assert 0 < optim.lr_at(19, name, PEAK, 4, 20) < optim.lr_at(18, name, PEAK, 4, 20)
+
+
+@pytest.mark.parametrize(("warmup_steps", "total_steps"), LENGTHS)
+def test_inverse_sqrt_is_vaswanis_formula(warmup_steps: int, total_steps: int) -> None:
+    """min(t^-1/2, t w^-3/2), scaled to the peak at t = w, which is held for a second step as by every
+    schedule; without a warm-up it is that of a warm-up of one."""
+    w = max(1, warmup_steps)
+    t = np.concatenate([np.arange(warmup_steps) + 1, w + np.arange(total_steps - warmup_steps)]).astype(float)
+    formula = PEAK * math.sqrt(w) * np.minimum(t**-0.5, t * w**-1.5)
+    np.testing.assert_allclose(learning_rates("inverse-sqrt", warmup_steps, total_steps), formula, rtol=1e-12)
+
+
+def test_inverse_sqrt_knows_nothing_of_the_end() -> None:
+    assert np.array_equal(learning_rates("inverse-sqrt", 5, 100)[:60], learning_rates("inverse-sqrt", 5, 60))
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.1, 0.5])
+@pytest.mark.parametrize(
+    ("warmup_steps", "decay_steps", "total_steps"),
+    [(0, 1, 1), (0, 0, 1), (1, 0, 1), (2, 3, 10), (0, 10, 10), (5, 5, 10), (4, 0, 10), (0, 1, 10)],
+)
+def test_wsd_rises_stays_and_falls(
+    warmup_steps: int, decay_steps: int, total_steps: int, floor: float
+) -> None:
+    """Three straight lines laid end to end; the last would reach the floor one step after the run."""
+    rise = np.linspace(0, PEAK, warmup_steps + 1)[1:]
+    stay = np.full(total_steps - warmup_steps - decay_steps, PEAK)
+    fall = np.linspace(PEAK, floor * PEAK, decay_steps + 1)[:-1]
+    rates = learning_rates("wsd", warmup_steps, total_steps, decay_steps, floor)
+    np.testing.assert_allclose(rates, np.concatenate([rise, stay, fall]), rtol=1e-12)
+
+
+@pytest.mark.parametrize("floor", [0.1, 0.37, 0.9])
+@pytest.mark.parametrize(("warmup_steps", "total_steps"), LENGTHS)
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_a_floor_lifts_the_fall(name: str, warmup_steps: int, total_steps: int, floor: float) -> None:
+    """Affinely: the same warm-up and peak, and between peak and floor what lies between peak and zero."""
+    plain = learning_rates(name, warmup_steps, total_steps)
+    rates = learning_rates(name, warmup_steps, total_steps, 0, floor)
+    np.testing.assert_array_equal(rates[:warmup_steps], plain[:warmup_steps])
+    wanted = floor * PEAK + (1 - floor) * plain[warmup_steps:]
+    np.testing.assert_allclose(rates[warmup_steps:], wanted, rtol=1e-12)
+    assert rates[-1] > floor * PEAK
+    after = optim.lr_at(total_steps, name, PEAK, warmup_steps, total_steps, 0, floor)
+    assert after == pytest.approx(floor * PEAK, rel=1e-12)
 
 
 # ------------------------------------------------------------------------------------------------------------
