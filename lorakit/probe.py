@@ -1,8 +1,9 @@
 """A look at the data before step 0, for methods that decide something by it (adapters.Probe).
 
-The rows are drawn by the seed from those of one epoch, each seen once, and laid out, clipped and stepped as
-in the run itself, at the learning rate that its schedule rises to. Nothing of it stays but what the method
-makes of it: the optimizer is forgotten, and the run is the same whether its probe was interrupted or not.
+The rows are drawn by the seed from those of one epoch, each seen once. Where a method trains on them, they
+are laid out, clipped and stepped as in the run itself, at the learning rate that its schedule rises to.
+Nothing of it stays but what the method makes of it: the optimizer is forgotten, and the run is the same
+whether its probe was interrupted or not.
 """
 
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from lorakit.loop import TrainState
 from lorakit.micro_batch import MicroBatch
 from lorakit.prepare import Prepared
 from lorakit.recipe import Recipe
-from lorakit.terminal import progress, say
+from lorakit.terminal import progress, say, track
 
 _NEVER = 1 << 30  # steps; the loop does everything after the last one all the same
 
@@ -47,14 +48,20 @@ class RunProbe:
         self.samples: list[int] = []
         self.budget, self.packing = ready.plan["training.micro_batch_tokens"], ready.plan["data.packing"]
 
+    def draw(self, share: float) -> int:
+        """See adapters.Probe. Raises: RecipeError for too many samples."""
+        try:
+            parts, seed = self.ready.rows.tokens.parts, self.recipe.training.seed
+            self.samples = draw_samples(parts, share, seed)
+        except ValueError as error:
+            raise RecipeError([self.recipe.problem("adapter.probe", str(error))]) from None
+        return len(self.samples)
+
     def train(self, share: float) -> None:
         """See adapters.Probe. Raises: RecipeError for too many samples; RunError for a loss that is no
         number."""
+        self.draw(share)
         tokens, recipe, ranks = self.ready.rows.tokens, self.recipe, self.ranks
-        try:
-            self.samples = draw_samples(tokens.parts, share, recipe.training.seed)
-        except ValueError as error:
-            raise RecipeError([recipe.problem("adapter.probe", str(error))]) from None
         size, rank, num_ranks = recipe.training.batch_size, ranks.process_index, ranks.num_processes
         num_steps = -(-len(self.samples) // size)
         say(f"probe     {len(self.samples):,} samples in {num_steps:,} steps, to see which layers matter")
@@ -92,7 +99,8 @@ class RunProbe:
     def micro_batches(self) -> Iterator[MicroBatch]:
         tokens, ranks = self.ready.rows.tokens, self.ranks
         laid_out = layout(self.samples, tokens.lengths, self.budget, self.packing)
-        for samples in laid_out[ranks.process_index :: ranks.num_processes]:
+        own = laid_out[ranks.process_index :: ranks.num_processes]
+        for samples in track(own, "probe", len(own)):
             yield collate(samples, tokens, self.packing).to(ranks.device)
 
     def forward(self, micro: MicroBatch) -> None:
@@ -111,6 +119,10 @@ class RunProbe:
     def sum_over_ranks(self, tensor: Tensor) -> Tensor:
         summed: Tensor = self.ranks.reduce(tensor, "sum")
         return summed
+
+    def from_all_ranks(self, tensor: Tensor) -> Tensor:
+        found: Tensor = self.ranks.gather(tensor[None])
+        return found
 
 
 class _Shown:

@@ -59,11 +59,14 @@ class Trained:
 class Probe(Protocol):
     """A sample of the training rows, for methods that decide something by it before step 0."""
 
+    def draw(self, share: float) -> int:
+        """Draws `share` of the rows (from 1: so many rows); how many these are."""
+
     def train(self, share: float) -> None:
-        """Draws `share` of the rows (from 1: so many rows) and trains the adapter on them, each seen once."""
+        """Draws rows and trains the adapter on them, each seen once."""
 
     def micro_batches(self) -> Iterator[MicroBatch]:
-        """This rank's part of the rows that train() drew."""
+        """This rank's part of the rows that were drawn."""
 
     def forward(self, micro: MicroBatch) -> None:
         """Runs the model without gradients and dropout, each token in its own row."""
@@ -73,6 +76,9 @@ class Probe(Protocol):
 
     def sum_over_ranks(self, tensor: Tensor) -> Tensor:
         """The sum of what all ranks give, on all ranks."""
+
+    def from_all_ranks(self, tensor: Tensor) -> Tensor:
+        """(ranks, ...): what all ranks give, on all ranks."""
 
 
 class Adapter(Protocol):

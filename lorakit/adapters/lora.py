@@ -38,9 +38,9 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor
 
-from lorakit.adapters import Adapter, Probe, Role, Trained, base_alone, copy_into, inits
-from lorakit.adapters.lora_files import config_as_json, lora_config, write_adapter, write_plain
-from lorakit.adapters.pairs import NAME, activate, add_frozen, base_matrix, factors
+from lorakit.adapters import Adapter, Probe, Role, Trained, base_alone, copy_into, eva, inits
+from lorakit.adapters.lora_files import PREFIX, config_as_json, lora_config, write_adapter, write_plain
+from lorakit.adapters.pairs import NAME, activate, add_frozen, base_matrix, factors, resize
 from lorakit.errors import LorakitError
 from lorakit.recipe.methods import DeltaLora, Dora, Lora, LoraDrop, LoraFa
 from lorakit.recipe.traits import init_of
@@ -91,6 +91,8 @@ class LoraAdapter(Adapter):
             self._measure_rows()
         names = [target.layer.name for target in targets if target.layer.kind != "experts"]
         self.layers: dict[str, Any] = {name: modules[name] for name in names}
+        self.moves_ranks = section.init == "eva"
+        self.explained = torch.zeros(len(self.layers), dtype=torch.float64)  # of the inputs' variance, by A
         if self.init.pairs == 2:
             for layer in self.layers.values():
                 add_frozen(layer, _START, -layer.scaling[NAME])
@@ -136,7 +138,12 @@ class LoraAdapter(Adapter):
 
     @torch.no_grad()
     def prepare(self, probe: Probe) -> None:
-        """A and B from the weights, where `init` says so; the base's weights stay as they are."""
+        """A and B from the weights or the data, where `init` says so; the base's weights stay as they
+        are."""
+        assert isinstance(self.section, Lora)
+        if self.section.init == "eva":
+            self._look(self.section, probe)
+            return
         sizes = []
         with progress() as display:
             bar = display.add_task(self.section.init, total=len(self.layers))
@@ -162,27 +169,63 @@ class LoraAdapter(Adapter):
                 factor.copy_(values)
         return float(weight.norm()), float(source.norm()), float((source - scale * b @ a).norm())
 
+    def _look(self, section: Lora, probe: Probe) -> None:
+        """EVA (eva.py)."""
+        layers, number = list(self.layers.values()), probe.draw(section.probe)
+        asked = [target.rank for target in self.targets]
+        most = [eva.highest_rank(target, section.rank_spread) for target in self.targets]
+        found = eva.look(layers, most, probe)
+        ranks = eva.redistributed([shares.tolist() for shares, _ in found], sum(asked))
+        for layer, rank, (_, directions) in zip(layers, ranks, found, strict=True):
+            resize(layer, rank)
+            factors(layer)[0].copy_(directions[:rank])
+        self.explained.copy_(torch.stack([s[:r].sum() for r, (s, _) in zip(ranks, found, strict=True)]))
+        equal = sum(float(s[:r].sum()) for r, (s, _) in zip(asked, found, strict=True)) / len(layers)
+        told = f"of {sum(ranks):,} ranks a layer gets {min(ranks)} to {max(ranks)}, which explain"
+        shares = f"{float(self.explained.mean()):.1%} of its inputs on average; equal ranks {equal:.1%}"
+        say(f"probe     {number:,} samples: {told} {shares}")
+
+    def ranks(self) -> dict[str, int]:
+        moved = {name: layer.r[NAME] for name, layer in self.layers.items()} if self.moves_ranks else {}
+        return super().ranks() | moved
+
+    def notes(self) -> dict[str, dict[str, Any]]:
+        if not self.explained.any():
+            return {}
+        explained = zip(self.layers, self.explained.tolist(), strict=True)
+        return {name: {"explained": share} for name, share in explained}
+
     def disabled(self) -> AbstractContextManager[None]:
         return base_alone(self.peft)
 
     def state(self) -> dict[str, Tensor]:
-        """A and B, what is trained beside them, and what is taken away where the start is (inits.py)."""
-        tensors: dict[str, Tensor] = get_peft_model_state_dict(self.peft, save_embedding_layers=False)
+        """A and B, what is trained beside them, what is taken away where the start is (inits.py), and what
+        was decided on (eva.py)."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*invalid shape")  # of a rank of 0, which is right
+            tensors: dict[str, Tensor] = get_peft_model_state_dict(self.peft, save_embedding_layers=False)
         started = {
             f"start|{name}|{factor}": tensor.detach()
             for name, layer in self.layers.items()
             if self.init.pairs == 2
             for factor, tensor in zip("AB", factors(layer, _START), strict=True)
         }
+        started |= {"explained": self.explained} if self.moves_ranks else {}
         # PEFT's own names for these hold for no file: it lists every adapter's, whichever it is asked for.
         return {name: t for name, t in tensors.items() if f".{_START}." not in name} | started
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Where `init` decides on the ranks they are those of the tensors; trained() is another from then
+        on."""
+        for name, layer in self.layers.items() if self.moves_ranks else ():
+            a = tensors.get(f"{PREFIX}{name}.lora_A.weight")
+            if a is not None and len(a) != layer.r[NAME]:
+                resize(layer, len(a))
         with torch.no_grad():
             copy_into(tensors, self.state(), "the adapter")
 
     def config(self, base_name: str) -> dict[str, Any]:
-        if self.init.pairs == 2:
+        if self.init.exported:
             return {}
         return config_as_json(self.peft.peft_config[NAME], base_name)
 

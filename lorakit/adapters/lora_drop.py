@@ -20,7 +20,6 @@ A is (rank, in), B is (out, rank).
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from fractions import Fraction
-from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ import torch
 from torch import Tensor
 
 from lorakit.adapters import Adapter, Probe, Trained, copy_into
+from lorakit.adapters.inputs import see_inputs
 from lorakit.adapters.lora import LoraAdapter
 from lorakit.adapters.lora_files import write_plain
 from lorakit.errors import LorakitError, RunError
@@ -168,31 +168,15 @@ class LoraDropAdapter(Adapter):
             layer.lora_A[NAME], layer.lora_B[NAME] = source.lora_A[NAME], source.lora_B[NAME]
 
     def _worth(self, probe: Probe) -> Tensor:
-        """(layers,) in fp64: what every adapter adds on this rank's part of the sample. Padding does not
-        count, but where a layer is given other rows than the tokens of the batch (an expert of a mixture)."""
+        """(layers,) in fp64: what every adapter adds on this rank's part of the sample."""
         layers = list(self.layers.values())
         worth = torch.zeros(len(layers), dtype=torch.float64, device=layers[0].lora_A[NAME].weight.device)
-        real: Tensor | None = None
 
-        def see(index: int, layer: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-            x = (given or tuple(named.values()))[0]
-            rows = x.reshape(-1, x.shape[-1])
-            if real is not None and len(rows) == real.numel():
-                rows = rows[real.flatten().bool()]
-            with torch.autocast(x.device.type, enabled=False):
-                a, b = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
-                worth[index] += added(rows, a, b, layer.scaling[NAME])
+        def see(index: int, given: Tensor, rows: Tensor) -> None:
+            layer = layers[index]
+            worth[index] += added(
+                rows, layer.lora_A[NAME].weight, layer.lora_B[NAME].weight, layer.scaling[NAME]
+            )
 
-        hooks = [
-            layer.register_forward_pre_hook(partial(see, index), with_kwargs=True)
-            for index, layer in enumerate(layers)
-        ]
-        try:
-            for micro in probe.micro_batches():
-                real = micro.attention_mask
-                with torch.no_grad():
-                    probe.forward(micro)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        see_inputs(layers, probe, see)
         return worth

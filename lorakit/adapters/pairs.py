@@ -43,6 +43,17 @@ def activate(layer: Any, *frozen: str) -> None:
             factor.requires_grad_(False)
 
 
+def resize(layer: Any, rank: int) -> None:
+    """A and B of the adapter that is trained become new parameters of another rank, zero; the scale stays.
+    At rank 0 nothing is left to train."""
+    a, b = (factor.data for factor in factors(layer))
+    sized = a.new_zeros(rank, a.shape[1]), b.new_zeros(len(b), rank)
+    for module, weight in zip((layer.lora_A[NAME], layer.lora_B[NAME]), sized, strict=True):
+        module.weight = nn.Parameter(weight, requires_grad=rank > 0)
+        module.out_features, module.in_features = weight.shape
+    layer.r[NAME], layer.lora_alpha[NAME] = rank, rank * layer.scaling[NAME]
+
+
 def base_matrix(layer: Any) -> Tensor:
     """(out, in): the matrix that the base layer means, in fp32 or better."""
     base = layer.get_base_layer()
