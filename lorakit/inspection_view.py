@@ -98,10 +98,10 @@ def _group_rows(title: str, groups: Sequence[Entry], here: bool) -> list[Row]:
 
 def _told_against(against: Mapping[str, Any]) -> list[str]:
     lines = [f"against   {against['adapter']}"]
-    for key, word in (("only_here", "here"), ("only_there", "there")):
+    for key, word in (("only_here", "there"), ("only_there", "here")):
         if names := against[key]:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            lines.append(f"only {word:<5}{names[0]}{more}")
+            lines.append(f"not {word:<5} {names[0]}{more}")
     sides = ("left", "right")
     head = (f"{what}{side}" for what in ("", "first ", "chance ") for side in sides)
     rows: list[Row] = [("module", "ranks", *head, "cosine")]

@@ -2,14 +2,17 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, OFTConfig, PeftModel, VeraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests import architectures
@@ -149,3 +152,350 @@ def test_loras_are_what_the_merged_model_says(name: str, config: Found, told, tm
             entry["expert"] for entry in found["layers"] if entry["name"].endswith("experts.down_proj")
         ]
         assert experts == [0, 1, 2, 3] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        (
+            "llama",
+            OFTConfig(oft_block_size=4, target_modules=["q_proj", "down_proj"], modules_to_save=["lm_head"]),
+        ),
+        ("llama", VeraConfig(r=6, target_modules=["q_proj", "v_proj"], init_weights=True)),
+        ("gpt2", IA3Config(target_modules=["c_attn"], feedforward_modules=[], fan_in_fan_out=True)),
+    ],
+    ids=["oft", "vera", "ia3 on conv1d"],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_other_tuners_are_what_the_merged_model_says(name: str, config: Any, told, tmp_path: Path) -> None:
+    base = save(name, tmp_path / "base")
+    by_peft(base, tmp_path / "adapter", config)
+    found = told(tmp_path / "adapter", "--base", base)
+    kind = config.peft_type.value
+    assert found["method"] == kind and {e["trained_as"] for e in found["layers"]} <= {kind, "whole"}
+    check(found, *before_and_after(base, tmp_path / "adapter"), tolerance=2e-5)
+    for entry in found["layers"]:
+        assert entry["directions"] == math.ceil(entry["effective_rank"] - 1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_rows_of_an_embedding_are_a_matrix_of_their_own(told, cli, tmp_path: Path) -> None:
+    base = save("llama", tmp_path / "base")
+    config = LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[5, 9, 13])
+    by_peft(base, tmp_path / "adapter", config)
+    found = told(tmp_path / "adapter", "--base", base)
+    (rows,) = (entry for entry in found["layers"] if entry["trained_as"] == "rows")
+    old, new = before_and_after(base, tmp_path / "adapter")
+    name = "model.embed_tokens.weight"
+    assert (rows["name"], rows["in"], rows["out"]) == ("model.embed_tokens", 3, 32)
+    changed = new[name] - old[name]
+    assert rows["norm"] == pytest.approx(np.linalg.norm(changed), rel=1e-6)
+    assert rows["weight_norm"] == pytest.approx(np.linalg.norm(old[name][[5, 9, 13]]), rel=1e-6)
+    wanted = np.linalg.svd(changed, compute_uv=False)[:3]
+    assert rows["singular_values"] == pytest.approx(wanted.tolist(), rel=1e-5)
+    shutil.rmtree(base)
+    code, _, err = cli("inspect", tmp_path / "adapter")
+    assert code == 2 and "rows of an embedding" in err and "--base PATH" in err
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+def test_in_few_bits_the_weight_is_the_matrix_they_mean(
+    quantize: str, told, cli, write_recipe, tmp_path: Path, tiny: Path
+) -> None:
+    recipe = write_recipe(
+        model={"path": str(tiny / "model"), "quantize": quantize}, training={"max_steps": 1, "batch_size": 2}
+    )
+    assert cli("train", recipe)[0] == 0
+    found = told(tmp_path / "run")
+    assert cli("merge", tmp_path / "run", "--output", tmp_path / "merged", "--dtype", "fp32")[0] == 0
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    stored = load_file(tiny / "model" / "model.safetensors")
+    adapter = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    for entry in found["layers"]:
+        a, b = (adapter[f"base_model.model.{entry['name']}.lora_{end}.weight"].double() for end in "AB")
+        weight = merged[f"{entry['name']}.weight"].double() - entry["scale"] * b @ a
+        assert entry["weight_norm"] == pytest.approx(float(weight.norm()), rel=1e-6)
+        assert entry["weight_norm"] != pytest.approx(
+            float(stored[f"{entry['name']}.weight"].norm()), rel=1e-6
+        )
+        assert entry["norm"] == pytest.approx(entry["scale"] * float((b @ a).norm()), rel=1e-6)
+
+
+def test_full_fine_tuning_is_the_difference_of_two_models(
+    told, cli, write_recipe, tiny: Path, tmp_path: Path
+) -> None:
+    adapter = {"method": "full", "train_only": ["layers.1", "norm"]}
+    assert cli("train", write_recipe(adapter=adapter))[0] == 0
+    found = told(tmp_path / "run")
+    old, new = (
+        {name: tensor.double().numpy() for name, tensor in load_file(folder / "model.safetensors").items()}
+        for folder in (tiny / "model", tmp_path / "run" / "model")
+    )
+    moved = {name.removesuffix(".weight") for name in new if not np.array_equal(old[name], new[name])}
+    assert {entry["name"] for entry in found["layers"]} == moved
+    assert {"model.norm", "model.layers.1.mlp.up_proj"} <= moved
+    check(found, old, new, tolerance=1e-4)
+    assert found["method"] == "full" and {entry["trained_as"] for entry in found["layers"]} == {"full"}
+
+
+def test_where_ranks_were_decided_the_map_is_told(told, cli, write_recipe, tmp_path: Path) -> None:
+    adapter = {"method": "adalora", "init_rank": 4, "target_rank": 2, "interval": 1}
+    recipe = write_recipe(adapter=adapter, training={"max_steps": 10, "batch_size": 2})
+    assert cli("train", recipe)[0] == 0
+    found = told(tmp_path / "run")
+    modules = {m["name"]: m for m in json.loads((tmp_path / "run" / "params.json").read_text())["modules"]}
+    assert len({entry["rank"] for entry in found["layers"]}) > 1
+    for entry in found["layers"]:
+        told_there = modules[entry["name"]]
+        assert (entry["rank"], entry["init_rank"]) == (told_there["rank"], 4)
+        assert entry["directions"] == entry["rank"], "the export is filled up with zeros, which are none"
+        if not entry["rank"]:
+            assert entry["norm"] == entry["effective_rank"] == entry["amplification"] == 0
+    assert sum(entry["rank"] for entry in found["layers"]) == 2 * len(found["layers"])
+    assert f"{found['layers'][0]['rank']} of 4" in cli("inspect", tmp_path / "run")[1]
+    for entry in modules.values():
+        entry |= {"importance": 0.25, "shared_with": "another"}
+    (tmp_path / "run" / "params.json").write_text(json.dumps({"modules": list(modules.values())}))
+    shared = told(tmp_path / "run")["layers"][0]
+    assert (shared["importance"], shared["shared_with"]) == (0.25, "another")
+    assert "of 4, shared" in cli("inspect", tmp_path / "run")[1]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# With the base, with its configuration alone, and without
+
+
+def test_a_run_its_adapter_and_its_checkpoint_are_all_read(told, pairs_run: Path) -> None:
+    run, adapter = told(pairs_run), told(pairs_run / "adapter")
+    assert run == adapter
+    last = sorted((pairs_run / "checkpoints").glob("step-*"))[-1]
+    checkpoint = told(last)
+    assert checkpoint["method"] == "lora" and checkpoint["base"] == run["base"] is not None
+    names = [entry["name"] for entry in run["layers"]]
+    assert [entry["name"] for entry in checkpoint["layers"]] == names and len(names) > 7
+
+
+def test_what_the_base_is_needed_for_is_left_out_without_it(told, cli, tmp_path: Path) -> None:
+    base = save("llama", tmp_path / "base")
+    config = LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"], modules_to_save=["lm_head"])
+    by_peft(base, tmp_path / "adapter", config)
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    whole = told(tmp_path / "adapter", "--base", base)
+    alone = told(tmp_path / "adapter")
+    assert alone["base"] is None and "which base it was trained on" in alone["without_base"]
+    assert "1 tensors trained beside the adapter are left out" in alone["without_base"]
+    assert settings["base_model_name_or_path"] == str(base), "what a file of others says is not followed"
+    (base / "model.safetensors").unlink()
+    shapes = told(tmp_path / "adapter", "--base", base)
+    assert shapes["base"] == str(base) and "no weights" in shapes["without_base"]
+    wanted = {e["name"]: e for e in whole["layers"] if e["trained_as"] != "whole"}
+    for found in (alone, shapes):
+        assert found["weight_norm"] is None and found["relative"] is None
+        assert {entry["name"] for entry in found["layers"]} == wanted.keys()
+        for entry in found["layers"]:
+            full = wanted[entry["name"]]
+            assert entry["weight_norm"] is entry["relative"] is entry["amplification"] is None
+            for key in ("norm", "in", "out", "rank", "scale", "singular_values", "effective_rank"):
+                assert entry[key] == full[key]
+        assert math.fsum(entry["share"] for entry in found["layers"]) == pytest.approx(1)
+    code, out, _ = cli("inspect", tmp_path / "adapter")
+    assert code == 0 and "not read: " in out and "|D|/|W|" not in out
+
+
+def test_a_base_in_several_files_is_read_tensor_by_tensor(told, tmp_path: Path) -> None:
+    model = architectures.build(architectures.CONFIGS["llama"]())
+    model.save_pretrained(tmp_path / "one")
+    model.save_pretrained(tmp_path / "many", max_shard_size="20KB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
+    by_peft(tmp_path / "one", tmp_path / "adapter", LoraConfig(r=4, target_modules="all-linear"))
+    one, many = (told(tmp_path / "adapter", "--base", tmp_path / name) for name in ("one", "many"))
+    assert one["layers"] == many["layers"] and one["relative"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Two adapters
+
+
+def plant(folder: Path, source: Path, pairs: dict[str, tuple[np.ndarray, np.ndarray]], rank: int) -> Path:
+    """An adapter like that in `source`, with only the layers of `pairs`: name -> (A, B)."""
+    folder.mkdir()
+    config = json.loads((source / "adapter_config.json").read_text())
+    config |= {"r": rank, "lora_alpha": rank, "target_modules": list(pairs)}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    tensors = {
+        f"base_model.model.{name}.lora_{end}.weight": torch.from_numpy(np.ascontiguousarray(matrix)).float()
+        for name, both in pairs.items()
+        for end, matrix in zip("AB", both, strict=True)
+    }
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_two_adapters_of_other_rank_and_targets_are_compared_where_both_are(
+    told, cli, tmp_path: Path
+) -> None:
+    base = save("llama", tmp_path / "base")
+    source = by_peft(base, tmp_path / "source", LoraConfig(r=4, target_modules=["q_proj"]))
+    q = np.linalg.qr(np.random.default_rng(0).normal(size=(32, 32)))[0]
+    names = [f"model.layers.{n}.self_attn.{m}_proj" for n, m in ((0, "q"), (1, "q"), (0, "o"), (1, "o"))]
+    # (A, B): rank 4 reads directions 0..3 and writes 0..3; the other reads 2, 3 and writes 10, 11
+    ours = (np.diag([4.0, 3.0, 2.0, 1.0]) @ q[:, :4].T, q[:, :4])
+    theirs = (np.diag([5.0, 2.0]) @ q[:, 2:4].T, q[:, 10:12])
+    one = plant(tmp_path / "one", source, dict.fromkeys([names[0], names[1]], ours), 4)
+    other = plant(tmp_path / "other", source, dict.fromkeys([names[0], names[2]], theirs), 2)
+    against = told(one, "--against", other, "--base", base)["against"]
+    assert against["adapter"] == str(other)
+    assert (against["only_here"], against["only_there"]) == ([names[1]], [names[2]])
+    (entry,) = against["layers"]
+    wanted = {
+        "name": names[0],
+        "expert": None,
+        "ranks": [4, 2],
+        "shared_rank": 2,
+        "left": 0,
+        "right": 1,  # their two are among our four
+        "shared_left": 0,
+        "shared_right": 0,  # our two largest are 0 and 1
+        "first_left": 0,
+        "first_right": 0,
+        "chance_left": 4 / 32,
+        "chance_right": 4 / 32,
+        "cosine": 0,
+    }
+    assert entry.keys() == wanted.keys()
+    for key, value in wanted.items():
+        assert entry[key] == (value if key == "name" or value is None else pytest.approx(value, abs=1e-6)), (
+            key
+        )
+    (same,) = (e for e in told(one, "--against", one)["against"]["layers"] if e["name"] == names[0])
+    for key in ("left", "right", "shared_left", "first_right", "cosine"):
+        assert same[key] == pytest.approx(1)
+    out = cli("inspect", one, "--against", other)[1]
+    assert f"not there {names[1]}" in out and f"not here  {names[2]}" in out
+
+    apart = plant(tmp_path / "apart", source, {names[3]: ours}, 4)
+    code, _, err = cli("inspect", one, "--against", apart)
+    assert code == 2 and "adapt no layer of the same name and sides" in err
+    assert f"begins with {names[0]}, the other with {names[3]}" in err
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What is written
+
+
+KEYS = {
+    *("name", "expert", "kind", "depth", "trained_as", "in", "out", "rank", "alpha", "scale", "norm"),
+    *("weight_norm", "relative", "share", "singular_values", "directions", "effective_rank", "stable_rank"),
+    "amplification",
+}
+
+
+def test_the_json_keeps_its_shape_and_its_sums(told, pairs_run: Path) -> None:
+    found = told(pairs_run)
+    assert list(found) == [
+        *("adapter", "method", "base", "without_base", "norm", "weight_norm", "relative"),
+        *("layers", "kinds", "depths", "against"),
+    ]
+    assert all(entry.keys() == KEYS for entry in found["layers"])
+    assert found["against"] is found["without_base"] is None
+    for groups, key in ((found["kinds"], "kind"), (found["depths"], "depth")):
+        assert len(groups) > 1
+        for group in groups:
+            inside = [entry for entry in found["layers"] if entry[key] == group["name"]]
+            assert group["number"] == len(inside) > 1
+            assert group["norm"] == pytest.approx(math.hypot(*(e["norm"] for e in inside)))
+            assert group["relative"] == pytest.approx(
+                group["norm"] / math.hypot(*(e["weight_norm"] for e in inside))
+            )
+            assert group["share"] == pytest.approx(group["norm"] ** 2 / found["norm"] ** 2)
+        assert sum(group["number"] for group in groups) == len(found["layers"])
+
+
+def test_the_table_has_a_line_for_each_layer_and_says_its_numbers(told, cli, pairs_run: Path) -> None:
+    found, (_, out, _) = told(pairs_run), cli("inspect", pairs_run)
+    lines = {line.split()[0]: line for line in out.splitlines() if line.strip()}
+    for entry in found["layers"]:
+        cells = lines[entry["name"]].split()
+        assert cells[1:5] == [f"{entry[key]:.4g}" for key in ("rank", "alpha", "scale", "norm")]
+    for entry in (*found["kinds"], *found["depths"]):
+        assert f"{100 * entry['share']:.1f} %" in lines[entry["name"]]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_the_picture_has_a_cell_for_each_layer(known: bool, told, cli, tmp_path: Path) -> None:
+    base = save("mixtral", tmp_path / "base")
+    config = {"target_parameters": ["experts.down_proj"]} if known else {}
+    by_peft(base, tmp_path / "adapter", LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **config))
+    more = ["--base", base] if known else []
+    found = told(tmp_path / "adapter", *more, "--svg", tmp_path / "change.svg")
+    svg = "{http://www.w3.org/2000/svg}"
+    root = ElementTree.fromstring((tmp_path / "change.svg").read_text("utf-8"))
+    cells = {}
+    for group in root.iter(f"{svg}g"):
+        if title := group.findtext(f"{svg}title"):
+            cells[title.partition(":")[0]] = group.findtext(f"{svg}text")
+    assert cells.keys() == {entry["name"] for entry in found["layers"]}
+    for name, text in cells.items():
+        inside = [entry for entry in found["layers"] if entry["name"] == name]
+        assert len(inside) == (4 if "experts" in name else 1)
+        norm = math.hypot(*(e["norm"] for e in inside))
+        size = math.hypot(*(e["weight_norm"] for e in inside)) if known else None
+        assert text == f"{100 * (norm / size if size else norm**2 / found['norm'] ** 2):.2g} %"
+    assert "|D| / |W|" in root.findtext(f"{svg}title") if known else "share" in root.findtext(f"{svg}title")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Bad calls
+
+
+def test_bad_calls(cli, tmp_path: Path, pairs_run: Path) -> None:
+    def refused(*arguments: str | Path) -> str:
+        code, out, err = cli("inspect", *arguments)
+        assert code == 2 and not out and "Traceback" not in err
+        return str(err)
+
+    assert "no such directory" in refused(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    assert "neither a run nor an adapter" in refused(tmp_path / "empty")
+    assert "no such directory" in refused(pairs_run, "--against", tmp_path / "nothing")
+    assert "no such directory" in refused(pairs_run, "--base", tmp_path / "nothing")
+    assert "has no config.json" in refused(pairs_run, "--base", tmp_path / "empty")
+    assert "--svg" in refused(pairs_run, "--svg", tmp_path / "empty")
+    assert "no such directory" in refused(pairs_run, "--svg", tmp_path / "nowhere" / "x.svg")
+
+    unfinished = tmp_path / "unfinished"
+    shutil.copytree(pairs_run, unfinished)
+    shutil.rmtree(unfinished / "adapter")
+    assert "has no adapter yet" in (err := refused(unfinished)) and "--resume auto" in err
+
+    other = save("llama", tmp_path / "other")
+    assert "but" in (err := refused(pairs_run, "--base", other)) and "in this model" in err
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_cannot_be_told_without_the_base_says_so(cli, tmp_path: Path) -> None:
+    llama, mixture = save("llama", tmp_path / "llama"), save("mixtral", tmp_path / "mixtral")
+    by_peft(llama, tmp_path / "dora", LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
+    by_peft(llama, tmp_path / "oft", OFTConfig(oft_block_size=4, target_modules=["q_proj"]))
+    by_peft(
+        mixture,
+        tmp_path / "experts",
+        LoraConfig(r=2, target_modules=[], target_parameters=["experts.down_proj"]),
+    )
+    for name, what in (("dora", "DoRA depends on its base"), ("oft", "which base"), ("experts", "experts")):
+        code, _, err = cli("inspect", tmp_path / name)
+        assert code == 2 and what in err and "--base PATH" in err, err
+
+
+def test_a_base_that_is_another_now_is_not_measured_against(told, tiny: Path, tmp_path: Path) -> None:
+    from tests.conftest import trained
+
+    shutil.copytree(tiny / "model", tmp_path / "base")
+    run = trained(tiny, tmp_path, [f"model.path={tmp_path / 'base'}", "training.max_steps=1"])
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    save_file({name: 2 * tensor for name, tensor in tensors.items()}, tmp_path / "base" / "model.safetensors")
+    found = told(run)
+    assert found["weight_norm"] is None and "not those that" in found["without_base"]
+    assert told(run, "--base", tmp_path / "base")["weight_norm"] > 0
+    (tmp_path / "base").rename(tmp_path / "moved")
+    assert "not where it was" in told(run)["without_base"]
