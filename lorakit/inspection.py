@@ -32,7 +32,7 @@ from lorakit.anatomy import Update
 from lorakit.errors import LorakitError
 from lorakit.inspection_view import as_text, heat_map, ratio, summed
 from lorakit.picture import place_of
-from lorakit.pieces import Piece, Trained, read
+from lorakit.pieces import Changes, Piece, read
 from lorakit.saved import find
 from lorakit.terminal import track
 
@@ -177,6 +177,6 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _alike(one: Trained, other: Trained) -> str:
+def _alike(one: Changes, other: Changes) -> str:
     names = [trained.pieces[0].name if trained.pieces else "nothing" for trained in (one, other)]
     return f"One begins with {names[0]}, the other with {names[1]}."

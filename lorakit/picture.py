@@ -125,7 +125,7 @@ def rank_heat_map(params: Mapping[str, Any]) -> str:
 def svg(picture: HeatMap) -> str:
     """The SVG document."""
     cells, names, top = picture.cells, column_names(picture.cells), picture.top
-    widths = [max(46.0, LETTER * max(map(len, _two_lines(name))) + 10) for name in names]
+    widths = [max(46.0, *(LETTER * len(text) + 10 for text in _column(picture, name))) for name in names]
     left = MARGIN + LETTER * max([len("layer"), *map(len, cells)]) + 8
     starts = [left + sum(widths[:index]) for index in range(len(names) + 1)]
     drawn, y = [*_legend(picture, MARGIN, MARGIN + 26)], float(MARGIN + 56)
@@ -181,9 +181,10 @@ def _shared(cells: Cells) -> set[str]:
 def _legend(picture: HeatMap, x: float, y: float) -> Iterator[str]:
     yield _text(x, y, picture.word, "key")
     x += max(40.0, LETTER * len(picture.word) + 8)
+    width = max(40.0, *(LETTER * len(cell.text) + 8 for cell in picture.legend)) if picture.legend else 40.0
     for cell in picture.legend:
-        yield from _square((x, y, 40), cell, picture.top)
-        x += 40
+        yield from _square((x, y, width), cell, picture.top)
+        x += width
     if picture.outlined:
         yield from _square((x + 12, y, 40), Cell(0, "", "", outlined=True), picture.top)
         yield _text(x + 58, y, picture.outlined, "key")
@@ -201,6 +202,12 @@ def _head(
             yield _text(start + GAP, y, above, "above")
         before = above
         yield _text(start + width / 2, y + HEIGHT, below, "name")
+
+
+def _column(picture: HeatMap, name: str) -> Iterator[str]:
+    """All that is written in a column."""
+    yield from (*_two_lines(name), picture.last[1][name])
+    yield from (row[name].text for row in picture.cells.values() if name in row)
 
 
 def _two_lines(name: str) -> tuple[str, str]:

@@ -52,7 +52,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Trained:
+class Changes:
     folder: Path
     method: str
     base: Path | None  # None: not here
@@ -61,7 +61,7 @@ class Trained:
     notes: Mapping[str, dict[str, Any]]  # layer -> what the run knows of it
 
 
-def read(saved: Saved, base: str | None) -> Trained:
+def read(saved: Saved, base: str | None) -> Changes:
     """What was trained in `saved`. `base`: in place of the recorded one.
 
     Raises: LorakitError for files that do not fit, and without the base where the change cannot be told.
@@ -69,12 +69,12 @@ def read(saved: Saved, base: str | None) -> Trained:
     method, notes = saved.provenance.get("method", ""), _notes(saved)
     if saved.full:
         before, pieces = _of_full(saved, base)
-        return Trained(saved.folder, "full", before, None, pieces, notes)
+        return Changes(saved.folder, "full", before, None, pieces, notes)
     if (kind := kind_of(saved.folder)) != "LORA":
         opened = open_saved(saved, base, torch.device("cpu"), exact=True)
         assert opened.contents is not None
         pieces = _of_tuner(kind, opened.base.model, opened.base.layers, opened.contents)
-        return Trained(saved.folder, kind, opened.folder, None, pieces, notes)
+        return Changes(saved.folder, kind, opened.folder, None, pieces, notes)
     home, section, why = _home(saved, base)
     shapes = model_files.shapes(home) if home else None
     file = adapter_file.read(saved.folder)
@@ -95,15 +95,15 @@ def read(saved: Saved, base: str | None) -> Trained:
             pieces += _whole(name, "whole", of_weight.get(name), tensor.shape, get, new)
     elif beside := len(contents.whole) + bool(contents.tokens):
         why = f"{why}; {beside} tensors trained beside the adapter are left out"
-    return Trained(saved.folder, method or contents.method, home, why, pieces, notes)
+    return Changes(saved.folder, method or contents.method, home, why, pieces, notes)
 
 
 _NAME_BASE = "Name it: --base PATH."
 
 
 def _notes(saved: Saved) -> dict[str, dict[str, Any]]:
-    """What params.json of a finished run says of a layer's rank, and why it is that."""
-    if saved.run is None or saved.folder.parent != saved.run or not (saved.run / "params.json").is_file():
+    """What params.json of the run around it says of a layer's rank, and why it is that."""
+    if saved.run is None or not (saved.run / "params.json").is_file():
         return {}
     told = ("rank", "init_rank", "importance", "shared_with")
     modules = model_files.read_json(saved.run / "params.json")["modules"]

@@ -34,7 +34,8 @@ def told(cli) -> Callable[..., Found]:
 
 
 def save(name: str, folder: Path) -> Path:
-    architectures.build(architectures.CONFIGS[name]()).save_pretrained(folder)
+    config = architectures.with_attention_sinks() if name == "gpt_oss" else architectures.CONFIGS[name]()
+    architectures.build(config).save_pretrained(folder)
     return folder
 
 
@@ -119,6 +120,10 @@ def partial_approx(tolerance: float) -> Callable[[float], Any]:
         ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True, "use_dora": True}),
         ("gemma2", {"target_modules": ["q_proj"]}),
         (
+            "gpt_oss",
+            {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]},
+        ),
+        (
             "mixtral",
             {
                 "target_modules": ["q_proj"],
@@ -126,7 +131,17 @@ def partial_approx(tolerance: float) -> Callable[[float], Any]:
             },
         ),
     ],
-    ids=["patterns", "rslora", "dora", "whole", "conv1d", "conv1d dora", "tied", "experts"],
+    ids=[
+        "patterns",
+        "rslora",
+        "dora",
+        "whole",
+        "conv1d",
+        "conv1d dora",
+        "tied",
+        "experts stored (in, out)",
+        "experts",
+    ],
 )
 @pytest.mark.filterwarnings("ignore")
 def test_loras_are_what_the_merged_model_says(name: str, config: Found, told, tmp_path: Path) -> None:
@@ -310,6 +325,18 @@ def test_a_base_in_several_files_is_read_tensor_by_tensor(told, tmp_path: Path) 
     by_peft(tmp_path / "one", tmp_path / "adapter", LoraConfig(r=4, target_modules="all-linear"))
     one, many = (told(tmp_path / "adapter", "--base", tmp_path / name) for name in ("one", "many"))
     assert one["layers"] == many["layers"] and one["relative"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_no_model_is_loaded_where_the_files_have_every_weight(told, tmp_path: Path, monkeypatch) -> None:
+    """Also of a head that is the embedding, under a name that no file has."""
+    base = save("gemma2", tmp_path / "base")
+    by_peft(base, tmp_path / "adapter", LoraConfig(r=4, target_modules=["q_proj", "lm_head"]))
+    monkeypatch.setattr("lorakit.base_model.load", None)
+    found = told(tmp_path / "adapter", "--base", base)
+    (head,) = (entry for entry in found["layers"] if entry["name"] == "lm_head")
+    table = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+    assert head["weight_norm"] == pytest.approx(float(table.double().norm()))
 
 
 # ------------------------------------------------------------------------------------------------------------
