@@ -205,7 +205,7 @@ def test_every_recipe_is_valid_and_is_what_a_cell_says(
 ) -> None:
     cells = script.cells
     for name, sections in registered.methods(script.made.BaseSize()).items():
-        for kind, steps in (("task", 120), ("early", 20), ("pairs", 200)):
+        for kind, steps in (("task", 100), ("early", 20), ("pairs", 200)):
             cell = cells.Cell(kind, name, 2, seed=1)
             values = cells.recipe_of(cell, sections, cells.Runs(), tiny) | {"output": str(tmp_path / "run")}
             values["model"]["path"] = str(tiny / "model")

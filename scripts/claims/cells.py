@@ -27,7 +27,7 @@ Sections = dict[str, Any]  # of a recipe
 class Runs:
     """How long the cells are."""
 
-    steps: int = 120
+    steps: int = 100
     batch: int = 16
     warmup: int = 10
     early_steps: int = 20
