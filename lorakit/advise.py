@@ -220,7 +220,7 @@ def _rows(recipe: Recipe, folder: Path) -> tuple[Rows | None, list[str]]:
         if not (loaded.account.truncated or loaded.account.dropped):
             return _measured(loaded, len(other.tokens) if other else None), []
     except LorakitError as error:
-        missing.append(f"rows, as the recipe reads them: {error.message.splitlines()[0]}")
+        missing.append(f"rows: the run would stop: {error.message.splitlines()[0]}")
     freely = {"max_length": UNCUT, "on_long": "truncate", "on_bad_row": "skip"}
     freed = recipe.model_copy(update={"data": training.model_copy(update=freely)})
     try:

@@ -422,7 +422,7 @@ def test_advice_is_taken_by_its_line_and_then_nothing_is_left_to_say(write_recip
     found = advise(recipe)
     knobs = {item.knob for item in found.advice}
     assert {"adapter.method", "data.max_length", "optimizer.lr", "training.batch_size"} <= knobs
-    assert found.facts.missing[0].startswith("rows, as the recipe reads them: ")
+    assert found.facts.missing[0].startswith("rows: the run would stop: ")
     line = found.as_text().splitlines()[-1]
     assert line.startswith("to take it: --set ")
     taken = [word for word in shlex.split(line.removeprefix("to take it: ")) if word != "--set"]
@@ -494,10 +494,44 @@ def test_a_recipe_that_cannot_train_is_refused(write_recipe: Any, cli: Any, tmp_
         advise(tmp_path / "none.yaml")
 
 
-def test_an_adapter_that_is_continued_is_not_told_its_rank(write_recipe: Any, pairs_run: Path) -> None:
-    found = advise(write_recipe(adapter={"start_from": str(pairs_run / "adapter")}))
-    assert not {item.knob for item in found.advice} & {"adapter.rank", "adapter.alpha", "adapter.targets"}
-    assert found.facts.trainable is None
+def test_an_adapter_that_is_continued_is_not_told_what_it_has(make: Callable[..., Facts]) -> None:
+    """Whatever stands in the recipe: rank, alpha, targets and method come with it."""
+    rows = samples(trained=100_000)
+    adapter = {"method": "dora", "rank": 64, "alpha": 10_000, "targets": "attention"}
+    spoken = {item.knob for item in settled(make(rows=rows, adapter=adapter))}
+    assert {"adapter.method", "adapter.rank", "adapter.alpha", "adapter.targets"} <= spoken
+    facts = make(rows=rows, adapter=adapter | {"start_from": "/adapter"})
+    assert [item.knob for item in settled(facts)] == []
+    assert facts.trainable is None
+
+
+@pytest.mark.parametrize(
+    ("number", "epochs", "spoken"), [(4999, 3, False), (4999, 4, True), (5000, 5, False), (5000, 6, True)]
+)
+def test_large_sets_bear_more_passes(
+    number: int, epochs: int, spoken: bool, make: Callable[..., Facts]
+) -> None:
+    item = said(make(rows=samples(number), training={"epochs": epochs}), "seen_often_unwatched")
+    assert (item is not None) == spoken
+
+
+def test_a_stream_is_judged_by_its_first_rows(write_recipe: Any, tiny: Path) -> None:
+    train = str(tiny / "train.jsonl")
+    stream = {"train": train, "max_length": 8, "on_long": "drop", "streaming": True}
+    facts = advise(write_recipe(data=stream, training={"max_steps": 50, "batch_size": 8})).facts
+    assert facts.rows is not None
+    assert (facts.rows.stream, facts.samples, facts.passes) == (True, 400, 1.0)
+    whole = advise(write_recipe(data={"train": train, "max_length": 128})).facts.rows
+    assert whole is not None
+    assert set(whole.lengths) == set(facts.rows.lengths)  # uncut, though 8 tokens are allowed
+    assert set(whole.targets) == set(facts.rows.targets)
+
+
+def test_a_models_own_code_is_not_run(write_recipe: Any, tiny: Path) -> None:
+    model = {"path": str(tiny / "model"), "trust_remote_code": True, "revision": "0" * 40}
+    found = advise(write_recipe(model={**model, "path": "owner/name"}))
+    assert (found.facts.base, found.facts.rows) == (None, None)
+    assert found.facts.missing == ("model and rows: advise does not run a model's own code",)
 
 
 def test_advice_that_other_fields_stand_against_is_told_and_not_taken(make: Callable[..., Facts]) -> None:

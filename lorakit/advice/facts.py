@@ -169,7 +169,10 @@ class Facts:
         """How often a sample is seen."""
         if self.rows is None or not self.samples:
             return None
-        return (self.steps or 0) * self.recipe.training.batch_size / self.samples
+        training = self.recipe.training
+        if training.max_steps is None:
+            return float(training.epochs)
+        return training.max_steps / -(-self.samples // training.batch_size)  # the last of an epoch is smaller
 
     @property
     def trained_tokens(self) -> int | None:
@@ -221,11 +224,12 @@ class Facts:
             room = f"room for {2 * self.trainable:,} bits at most (2 each)"
             lines.append(f"adapter   {self.method}: {self.trainable:,} trainable parameters, {room}")
         if self.rows is not None:
-            lengths = self.rows.lengths
+            lengths, first = self.rows.lengths, f" (by the first {len(self.rows.lengths):,})"
             longest = f"{lengths.mean():,.0f} tokens on average, {lengths.max():,} at most"
-            lines.append(f"data      {self.samples:,} samples of {longest}; {self._trained()}")
+            known = first if self.rows.stream else ""
+            lines.append(f"data      {self.samples:,} samples of {longest}{known}; {self._trained()}")
         if self.steps is not None:
-            passes = f", {self.passes:.3g} passes" if self.passes is not None else ""
+            passes = f"; passes over the data: {self.passes:.3g}" if self.passes is not None else ""
             lines.append(f"run       {self.steps:,} steps{passes}")
         return "\n".join([*lines, *(f"missing   {text}" for text in self.missing)])
 

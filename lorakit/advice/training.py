@@ -33,6 +33,7 @@ RATE_OVER_ADAM = dict.fromkeys(ADAM, 1.0) | {
 }
 SMALL_STATE = 500_000_000  # bytes that are not worth rounding for
 POWERS = {"llama": 0.781, "qwen": 0.0775}  # of the hidden size, by family
+FEW_PASSES, MOST_PASSES = 3, 5  # over a small data set, over any
 PATIENCE = 3  # evaluations without a lower loss
 LARGE_BATCH, ADVISED_BATCH = 64, 32
 FEWEST_STEPS = 50
@@ -145,15 +146,16 @@ def seen_often_unwatched(facts: Facts) -> Advice | None:
     """Many passes over few rows: stop when the held-out loss does, or make fewer passes."""
     if facts.recipe.eval.early_stopping or facts.samples is None or facts.passes is None:
         return None
-    if facts.passes <= 3 or facts.samples >= FEW or facts.rows is None or facts.rows.stream:
+    most = MOST_PASSES if facts.samples >= FEW else FEW_PASSES
+    if facts.passes <= most or facts.rows is None or facts.rows.stream:
         return None
-    why = f"{facts.samples:,} samples, seen {facts.passes:.3g} times: on small sets further passes often hurt"
+    why = f"{facts.samples:,} samples, seen {facts.passes:.3g} times: further passes over them often hurt"
     source = f"Raschka 2023, 2 passes in Tulu 3; {DATA}"
     if facts.recipe.data.eval is not None:
         return change(facts, "eval.early_stopping", PATIENCE, why, source, "medium")
     if facts.recipe.training.max_steps is not None:
         return None
-    return change(facts, "training.epochs", 3, why, source, "medium")
+    return change(facts, "training.epochs", FEW_PASSES, why, source, "medium")
 
 
 def stopping_that_cannot_happen(facts: Facts) -> Advice | None:
@@ -291,9 +293,8 @@ def optimizer_matters_little(facts: Facts) -> Advice | None:
     name = facts.recipe.optimizer.name
     if name not in said or facts.method == "full":
         return None
-    return keep(
-        facts, "optimizer.name", said[name], f"Raschka 2023; {OPTIMIZERS[name].source or PEFT}", "medium"
-    )
+    source = "; ".join(filter(None, ("Raschka 2023", OPTIMIZERS[name].source)))
+    return keep(facts, "optimizer.name", said[name], source, "medium")
 
 
 def state_that_is_small_already(facts: Facts) -> Advice | None:
