@@ -120,7 +120,9 @@ def stored(folder: Path, parameter: str) -> Tensor:
     near = nearest(parameter, by_leaf(files))
     if len(near) != 1:
         what = f"could be {near[0]} or {near[1]}" if near else "is not"
-        raise LorakitError(f"{parameter} {what} in the files of {folder}")
+        raise LorakitError(
+            f"{parameter} {what} in the files of {folder}", "What reads it there cannot be had of this layer."
+        )
     with safe_open(files[near[0]], "pt") as file:
         found: Tensor = file.get_tensor(near[0])
     return found

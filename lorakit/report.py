@@ -14,6 +14,7 @@ from lorakit.adapters import Adapter, Role, Trained
 from lorakit.picture import RANKS, column_names, rank_cells
 from lorakit.plan import Plan
 from lorakit.recipe import Recipe
+from lorakit.recipe.inits import INITS
 from lorakit.recipe.traits import is_exported
 from lorakit.targets import modules_above
 from lorakit.terminal import harmless
@@ -148,7 +149,7 @@ def model_card(recipe: Recipe, plan: Plan, params: dict[str, Any], scores: dict[
         "trainable parameters": _share(params),
         "step": f"{scores['step']} of {plan.total_steps}, {recipe.training.batch_size} samples each",
         "held-out loss (nats per trained token)": _number(scores["eval_loss"]),
-        "the same before training": _number(scores["base_eval_loss"]),
+        f"the same {_before(getattr(recipe.adapter, 'init', 'default'))}": _number(scores["base_eval_loss"]),
         "trained on": f"{trained}, {plan['data.format']}, {plan['task.train_on']}",
         "seed": recipe.training.seed,
         "written by": f"lorakit {__version__}",
@@ -173,6 +174,11 @@ def _code(text: str) -> str:
     return text.replace("`", "").replace("|", "").replace("\n", " ").replace("<", "")
 
 
+def _before(init: str) -> str:
+    """When the first held-out loss was: the base's, but where the adapter starts elsewhere."""
+    return "before training" + (f", as {init} starts" if INITS[init].starts_elsewhere else "")
+
+
 def _number(value: float | None) -> str | None:
     return None if value is None else f"{value:.4f}"
 
@@ -189,7 +195,8 @@ def summary(folder: Path) -> str:
     product = folder / ("model" if (folder / "model").is_dir() else "adapter")
     lines = [f"{record['status']} at step {record['step']} of {record['steps']} in {record['seconds']:.1f} s"]
     if record.get("base_eval_loss") is not None:
-        lines.append(f"held-out loss   {record['base_eval_loss']:.4f} before training")
+        before = _before(record["recipe"].get("adapter.init", "default"))
+        lines.append(f"held-out loss   {record['base_eval_loss']:.4f} {before}")
     if record.get("best_loss") is not None:
         since = " since the ranks were settled" if record["recipe"].get("adapter.method") == "adalora" else ""
         lines.append(

@@ -20,6 +20,7 @@ class Init:
     prepared: bool = False  # computed from the weights or the data before step 0; becomes checkpoint 0
     data_decide: str = ""  # what of the count only the data can tell
     exported: bool = False  # the run writes plain LoRA: other tools do not know what is taken away from W
+    starts_elsewhere: bool = False  # step 0 is not the base model
     pairs: int = 1  # of A and B in the files; 2 where the start is taken away again
 
 
@@ -89,5 +90,6 @@ INITS: dict[str, Init] = {
             "experts": _EXPERTS,
         },
         prepared=True,
+        starts_elsewhere=True,
     ),
 }

@@ -264,7 +264,7 @@ class Attached:
             plan = {"training.micro_batch_tokens": micro_batch_tokens, "data.packing": False}
             rows = SimpleNamespace(tokens=samples())
             parts = {"adapter": self.adapter, "objective": self.objective, "autocast": self.autocast}
-            ready: Any = SimpleNamespace(rows=rows, plan=plan, **parts)
+            ready: Any = SimpleNamespace(rows=rows, plan=plan, base=self.base, **parts)
             self.adapter.prepare(RunProbe(ready, self.recipe, ranks))
         self.optimizer, state = writer.restore(resume, self.adapter, self.recipe.optimizer)
         self.declared = {item.name: item.parameter for item in self.adapter.trained()}
