@@ -92,15 +92,32 @@ VARIANTS = {
     "peft IA3": Variant({"method": "peft", "type": "IA3"}, IA3, lr=0.1),
 }
 
+# What is held in 8 bits has 4096 numbers: layers of 64 by 64, for cells that ask for an optimizer.
+WIDE: dict[str, dict[str, Any]] = {
+    "lora": {"rank": 64},
+    "adalora": {"init_rank": 64, "target_rank": 32},
+}
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "": {},
+    "adamw": {},
+    "adamw_8bit": {},
+    "paged_adamw_8bit": {},
+    "sgd": {"lr": 1.0},
+    "adafactor": {},
+    "lion": {"lr": 3e-3},
+    "sophia": {"lr": 3e-3, "every": 2},
+}
+
 
 @dataclass(frozen=True)
 class Cell:
     variant: str
     kind: str
     base: str
+    optimizer: str = ""  # where it is what is asked for
 
     def __str__(self) -> str:
-        return f"{self.variant}, {self.kind}, {self.base}"
+        return ", ".join(filter(None, (self.variant, self.kind, self.base, self.optimizer)))
 
     @property
     def method(self) -> str:
@@ -110,7 +127,8 @@ class Cell:
     def section(self) -> dict[str, Any]:
         variant = VARIANTS[self.variant]
         targets = {} if self.method == "full" else {"targets": TARGETS[self.kind]}
-        return variant.section | targets | variant.by_kind.get(self.kind, {})
+        wide = WIDE.get(self.variant, {}) if self.optimizer else {}
+        return variant.section | targets | variant.by_kind.get(self.kind, {}) | wide
 
     @property
     def reason(self) -> str:
@@ -164,11 +182,12 @@ def write_recipe(cell: Cell, folder: Path) -> Path:
     model: dict[str, Any] = {"path": str(place_of(cell, folder))}
     if cell.base == "nf4":  # products in fp32: what is exact must come out exact on this base too
         model |= {"quantize": "nf4", "compute_dtype": "fp32"}
+    optimizer = {"name": cell.optimizer} if cell.optimizer else {}
     values = {
         "model": model,
         "adapter": cell.section,
         "data": {"train": str(folder / "rows.jsonl")},
-        "optimizer": {"lr": VARIANTS[cell.variant].lr, "max_grad_norm": 1.0},
+        "optimizer": optimizer | {"lr": VARIANTS[cell.variant].lr} | OPTIMIZERS[cell.optimizer],
         "training": {
             "max_steps": STEPS,
             "batch_size": 4,
