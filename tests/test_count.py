@@ -312,6 +312,8 @@ SHIPPED = {
     "delta-lora": {"method": "delta-lora", "rank": 4, "start": 2},
     "delta-lora from the start": {"method": "delta-lora", "rank": 4, "rank_pattern": {"q_proj": 8}},
     "lora-drop": {"method": "lora-drop", "rank": 4, "probe": 4},
+    "pissa": {"rank": 4, "init": "pissa", "rank_pattern": {"q_proj": 8}},  # two pairs, of one rank
+    "olora": {"rank": 4, "init": "olora", "train_also": ["norm"]},
 }
 
 

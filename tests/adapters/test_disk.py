@@ -17,6 +17,8 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "delta-lora": {"method": "delta-lora", "rank": 4, "start": 1},
     "delta-lora from the start": {"method": "delta-lora", "rank": 4, "rank_pattern": {"q_proj": 8}},
     "lora-drop": {"method": "lora-drop", "rank": 4, "probe": 8, "threshold": 0.5},
+    "pissa": {"rank": 4, "init": "pissa", "rank_pattern": {"q_proj": 8}, **HEAD},  # two pairs in every file
+    "olora": {"rank": 4, "init": "olora"},
     "full": {"method": "full", "train_only": ["norm"]},
     "randlora": {"method": "peft", "type": "RANDLORA", "config": {"r": 4}},  # with its projections
 }
