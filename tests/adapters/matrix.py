@@ -32,6 +32,7 @@ from lorakit.devices import autocast_for, start_ranks
 from lorakit.layers import num_parameters
 from lorakit.probe import RunProbe
 from lorakit.recipe import Recipe, load_recipe, peft_types
+from lorakit.recipe.inits import INITS
 from lorakit.recipe.traits import TRAITS
 from tests.samples import made
 
@@ -78,6 +79,13 @@ VARIANTS = {
     "lora rank-stabilized": Variant({"method": "lora", "rank": RANK, "scaling": "rank_stabilized"}),
     "lora patterns": Variant({"method": "lora", "rank": RANK}, PATTERNS),
     "lora tokens": Variant({"method": "lora", "rank": RANK}, TOKENS),
+    "lora gaussian": Variant({"method": "lora", "rank": RANK, "init": "gaussian"}),
+    "lora orthogonal": Variant({"method": "lora", "rank": RANK, "init": "orthogonal"}),
+    "lora pissa": Variant({"method": "lora", "rank": RANK, "init": "pissa"}),
+    "lora pissa fast": Variant({"method": "lora", "rank": RANK, "init": "pissa", "init_svd": "fast"}),
+    "lora olora": Variant({"method": "lora", "rank": RANK, "init": "olora"}),
+    "lora eva": Variant({"method": "lora", "rank": RANK, "init": "eva", "probe": 8}),
+    "lora loftq": Variant({"method": "lora", "rank": RANK, "init": "loftq"}),
     "dora": Variant({"method": "dora", "rank": RANK}),
     "lora-fa": Variant({"method": "lora-fa", "rank": RANK}),
     "lora-fa projected": Variant({"method": "lora-fa", "rank": RANK, "projected": True}),
@@ -131,13 +139,18 @@ class Cell:
         return variant.section | targets | variant.by_kind.get(self.kind, {}) | wide
 
     @property
-    def reason(self) -> str:
-        """Why the registry refuses this cell, or the empty string."""
-        refuses = (
-            peft_types.refuses(self.section["type"]) if self.method == "peft" else TRAITS[self.method].refuses
-        )
-        quantized = refuses.get("quantized", "").format(self.base) if self.base == "nf4" else ""
-        return quantized or (refuses.get(self.kind, "") if self.method != "full" else "")
+    def init(self) -> str:
+        return str(self.section.get("init", "default"))
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """What is refused of this cell, by the registries (and a start that has no effect) -> why; what the
+        grammar can tell comes first."""
+        tuner = peft_types.refuses(self.section["type"]) if self.method == "peft" else {}
+        started = {"embedding": "has no effect on embeddings"} if self.init == "gaussian" else {}
+        refuses = {**TRAITS[self.method].refuses, **tuner, **INITS[self.init].refuses, **started}
+        held = "quantized" if self.base == "nf4" else "unquantized"
+        return {what: refuses[what].format(self.base) for what in (held, self.kind) if what in refuses}
 
 
 CELLS = [Cell(variant, kind, base) for variant in VARIANTS for kind in KINDS for base in BASES]
