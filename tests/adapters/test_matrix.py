@@ -25,6 +25,7 @@ from lorakit import optim, report, saved
 from lorakit.adapters import METHODS
 from lorakit.count import count
 from lorakit.errors import LorakitError
+from lorakit.inspection import inspect
 from lorakit.merge import merge
 from lorakit.recipe.inits import INITS
 from lorakit.recipe.traits import TRAITS, is_exported
@@ -385,6 +386,15 @@ def test_merged_is_attached(cell: Cell, shared: Shared, tmp_path: Path) -> None:
         alone = model(input_ids=IDS, use_cache=False).logits
     assert apart(attached, alone) <= 1e-5 * scale(attached)
     assert merged.parity.largest_effect > 0.1
+    if cell.base == "bf16":  # nothing of its own in what follows
+        return
+    base = load_file(opened.folder / "model.safetensors") | dict(opened.dequantized)
+    written = load_file(tmp_path / "merged" / "model.safetensors")
+    entries = inspect(place).found["layers"]
+    assert {entry["name"] for entry in entries} >= {target.layer.name for target in opened.adapter.targets}
+    for entry in entries:
+        change = written[f"{entry['name']}.weight"].double() - base[f"{entry['name']}.weight"].double()
+        assert entry["norm"] == pytest.approx(float(change.norm()), rel=1e-4, abs=1e-5), entry["name"]
 
 
 # ------------------------------------------------------------------------------------------------------------
