@@ -15,7 +15,9 @@ from peft import IA3Config, LoraConfig, OFTConfig, PeftModel, VeraConfig, get_pe
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from lorakit.inspection_view import as_text, heat_map
 from tests import architectures
+from tests.conftest import ROOT
 
 Found = dict[str, Any]
 
@@ -469,6 +471,17 @@ def test_the_picture_has_a_cell_for_each_layer(known: bool, told, cli, tmp_path:
         size = math.hypot(*(e["weight_norm"] for e in inside)) if known else None
         assert text == f"{100 * (norm / size if size else norm**2 / found['norm'] ** 2):.2g} %"
     assert "|D| / |W|" in root.findtext(f"{svg}title") if known else "share" in root.findtext(f"{svg}title")
+
+
+def test_the_picture_of_the_readme_is_what_the_code_draws_from_the_numbers_beside_it() -> None:
+    found = json.loads((ROOT / "docs" / "quickstart-change.json").read_text())
+    assert (ROOT / "docs" / "quickstart-change.svg").read_text("utf-8") == heat_map(found)
+    readme = (ROOT / "README.md").read_text()
+    assert "](docs/quickstart-change.svg)" in readme
+    assert (
+        as_text(found).splitlines()[:6]
+        == readme[readme.index("adapter   runs/first/adapter: lora") :].splitlines()[:6]
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------
