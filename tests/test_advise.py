@@ -356,6 +356,14 @@ def test_an_advised_alpha_is_in_range_for_every_scaling(
         assert after is not None and 0.5 <= after <= 8
 
 
+def test_an_alpha_that_auto_cannot_be(make: Callable[..., Facts]) -> None:
+    """Delta-LoRA with lambda 9 acts ten times as strongly: auto would be a scale of 20."""
+    facts = make(adapter={"method": "delta-lora", "rank": 16, "delta_ratio": 9.0})
+    item = said(facts, "scale_out_of_range")
+    assert item.advised == pytest.approx(2 * 16 / 10)
+    assert facts.taken(item.settings).scale == pytest.approx(2.0)
+
+
 def test_the_scale_of_high_ranks_is_the_measured_one(make: Callable[..., Facts]) -> None:
     facts = make(adapter={"rank": 64})
     after = facts.taken(said(facts, "scaling_of_high_ranks").settings)
@@ -399,6 +407,20 @@ def test_what_a_run_sees_of_its_rows(make: Callable[..., Facts]) -> None:
     assert (part.passes, part.trained_tokens) == (0.5, 200)
     held_out = dropped.taken({"data.eval": 0.2})
     assert (held_out.samples, held_out.trained_tokens) == (80, 320)
+
+
+def test_one_advice_may_call_for_another(make: Callable[..., Facts]) -> None:
+    """Samples of 2,000 tokens, cut at 64: whole, they hold more than the rank does. What is shown as
+    yours is what is written, whatever was advised before."""
+    rows = samples(length=2000, longest=2000, trained=2000)
+    sections: dict[str, Any] = {"adapter": {"rank": 2}, "data": {"on_long": "truncate", "max_length": 64}}
+    facts = make(rows=rows, **sections)
+    assert said(facts, "rank_for_the_data") is None
+    found = {item.knob: item for item in settled(facts)}
+    assert (found["data.max_length"].yours, found["data.max_length"].advised) == (64, 2048)
+    assert (found["adapter.rank"].yours, found["adapter.rank"].advised) == (2, 8)
+    full = {item.knob: item for item in settled(make(rows=FEW, adapter={"method": "full"}))}
+    assert (full["adapter.dropout"].yours, full["adapter.dropout"].advised) == (None, 0.05)
 
 
 def test_few_rows_without_enough_to_hold_out_get_fewer_passes(make: Callable[..., Facts]) -> None:

@@ -214,9 +214,11 @@ def adalora_decides_seldom(facts: Facts) -> Advice | None:
         return None
     start, settled = phases(facts.steps, adapter.warmup, adapter.final)
     advised = max(1, (settled - start) // 10)
+    if settled <= start:  # refused when the run begins
+        return None
     if settled - start >= 5 * adapter.interval or advised >= adapter.interval:
         return None
-    number = max(0, settled - start) // adapter.interval
+    number = (settled - start) // adapter.interval
     why = f"{number} decisions on the ranks in {facts.steps:,} steps: they fall in a few large blows"
     return change(facts, "adapter.interval", advised, why, STEPS, "medium")
 
