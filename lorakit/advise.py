@@ -104,7 +104,7 @@ def settled(facts: Facts) -> tuple[Advice, ...]:
                 continue
             item = replace(item, yours=facts.value(item.knob))
             if item.settings:
-                now, item = _taken(now, item)
+                now, item = taken_by(now, item)
             elif rule in found:
                 continue
             found[rule] = item
@@ -113,7 +113,7 @@ def settled(facts: Facts) -> tuple[Advice, ...]:
     return tuple(found[rule] for rule in RULES if rule in found)
 
 
-def _taken(facts: Facts, item: Advice) -> tuple[Facts, Advice]:
+def taken_by(facts: Facts, item: Advice) -> tuple[Facts, Advice]:
     """(the facts of the recipe that takes `item`, `item`): where other fields of the recipe stand against it,
     the same facts, and the advice without its settings."""
     try:

@@ -4,16 +4,18 @@ right."""
 import json
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from lorakit.advice import change
 from lorakit.advice.facts import Base, Facts, Rows
 from lorakit.advice.primer import PRIMER
 from lorakit.advice.training import centre
-from lorakit.advise import RULES, Advised, advise, settled
+from lorakit.advise import RULES, Advised, advise, settled, taken_by
 from lorakit.errors import LorakitError, RecipeError
 from lorakit.recipe import load_recipe
 from lorakit.shapes import shapes_of
@@ -561,6 +563,10 @@ def test_advice_that_other_fields_stand_against_is_told_and_not_taken(make: Call
     facts = make(NARROW, model={"quantize": "fp4", "double_quant": True})
     found = Advised(facts, settled(facts))
     assert [item for item in found.settings if item.startswith("model.")] == ["model.quantize=nf4"]
+    impossible = change(facts, "adapter.rank", 65, "wider than a layer", "none", "low")
+    assert taken_by(facts, impossible) == (facts, replace(impossible, settings={}))
+    free = make(NARROW, model={"quantize": "fp4"})
+    assert [item.advised for item in settled(free) if item.knob == "model.quantize"] == ["none"]
 
 
 def test_advise_imports_no_torch(write_recipe: Any) -> None:

@@ -344,9 +344,9 @@ def schedule_matters_little(facts: Facts) -> Advice | None:
 
 
 RULES: tuple[Rule, ...] = (
+    small_base_quantized,
     fp4_instead_of_nf4,
     constants_not_quantized,
-    small_base_quantized,
     base_held_in_fp32,
     rows_longer_than_allowed,
     rows_padded,
