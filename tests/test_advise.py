@@ -294,7 +294,7 @@ def test_the_centre_of_the_learning_rate(
         ("full", 1.5e-4, "medium"),
         ("vera", 2e-4, "medium"),
         ("vera", 1e-3, None),
-        ("adalora", 4e-4, "medium"),
+        ("adalora", 4e-4, "low"),
         ("adalora", 5e-4, None),
     ],
 )

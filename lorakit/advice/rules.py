@@ -63,9 +63,9 @@ def full_on_few_rows(facts: Facts) -> Advice | None:
         return None
     if facts.samples >= FEW:
         return None
-    size = f" (16 bytes for each of {facts.base.shapes.num_parameters:,} parameters)" if facts.base else ""
-    why = f"with {facts.samples:,} samples LoRA ends where full fine-tuning ends, forgets less and needs far"
-    return _to_lora(facts, f"{why} less memory{size}", f"{TML}; {BIDERMAN}", "medium")
+    size = f": 16 bytes for each of {facts.base.shapes.num_parameters:,} parameters" if facts.base else ""
+    why = f"with {facts.samples:,} samples LoRA ends where full fine-tuning does (0.478 and 0.472 on GSM8K)"
+    return _to_lora(facts, f"{why}, which needs far more memory{size}", f"{TML}; {PEFT}", "medium")
 
 
 def dora_of_high_rank(facts: Facts) -> Advice | None:

@@ -233,7 +233,7 @@ def learning_rate(facts: Facts) -> Advice | None:
         tried += f", and sweeps of this family put the centre at {middle:.2g}"
         source = f"{source}; {TINKER}"
     large = facts.base is not None and (facts.base.hidden or 0) >= 1000
-    unsure = inside or facts.base is None or share != 1
+    unsure = inside or facts.base is None or share != 1 or facts.method == "adalora"  # of small encoders
     confidence: Any = "low" if unsure else "high" if large and facts.method in PRODUCTS else "medium"
     if optimizer.lr > high and facts.method in PRODUCTS:
         tried += "; at 3e-3 Llama 3.1 8B diverged at every rank"
