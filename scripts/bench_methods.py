@@ -65,12 +65,16 @@ Run = dict[str, Any]
 
 
 def contestants() -> dict[str, Run]:
-    """Name of a method's recipe -> its sections adapter and optimizer, LoRA first; without those that need a
-    mixture."""
+    """Name of a method's recipe -> its sections adapter and optimizer, LoRA first, and how its base is held;
+    without those that need a mixture."""
     found = {path.stem: yaml.safe_load(path.read_text()) for path in RECIPES.glob("*.yaml")}
     names = [name for name in found if "target_parameters" not in found[name]["adapter"]]
     names.sort(key=lambda name: (name != "lora", name))
-    return {name: {key: found[name][key] for key in ("adapter", "optimizer")} for name in names}
+    return {
+        name: {key: found[name][key] for key in ("adapter", "optimizer")}
+        | {"model": {key: value for key, value in found[name]["model"].items() if key != "path"}}
+        for name in names
+    }
 
 
 def recipe_of(sections: Run, made: dict[str, str], setting: Setting, steps: int, output: Path) -> Run:
@@ -79,7 +83,7 @@ def recipe_of(sections: Run, made: dict[str, str], setting: Setting, steps: int,
     ratio = sections["optimizer"].get("lr_ratio")
     adapter = {field: value for field, value in sections["adapter"].items() if field != "interval"}
     return {
-        "model": {"path": made["model"]},
+        "model": {"path": made["model"]} | sections["model"],
         "adapter": adapter,
         "data": {"train": str(Path(made["rows"]) / "rows.jsonl"), "format": "prompt-completion"},
         "optimizer": {"lr": 1e-4} | ({} if ratio is None else {"lr_ratio": ratio}),

@@ -1,9 +1,10 @@
-"""Bring what is known of every method into the README's table and the headers of recipes/methods/.
+"""Bring what is known of methods and starts into the README's tables and the headers of recipes/methods/.
 
     python scripts/make_method_table.py [--check]
 
 The table comes from the registry (lorakit/recipe/traits.py: TRAITS): what a layer computes, what is said of
-it, the trained parameters of a layer as its formula spells them, what it refuses and why. The costs come from
+it, the trained parameters of a layer as its formula spells them, what it refuses and why; that of how A and B
+start from lorakit/recipe/inits.py: INITS. The costs come from
 the newest docs/bench_methods-*.json (scripts/bench_methods.py). --check: write nothing, exit 1 where
 something is not as this script makes it.
 """
@@ -15,15 +16,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from lorakit.recipe.inits import INITS, Init
 from lorakit.recipe.traits import TRAITS, Traits
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 RECIPES = ROOT / "recipes" / "methods"
 BEGIN = "<!-- made by scripts/make_method_table.py: change TRAITS in lorakit/recipe/traits.py -->"
+BEGIN_INITS = "<!-- made by scripts/make_method_table.py: change INITS in lorakit/recipe/inits.py -->"
 END = "<!-- end of what is made -->"
 COST = re.compile(r"^# Cost beside LoRA's: .*\n# \(.*\)\.\n", re.MULTILINE)
-KINDS = {"embedding": "embeddings", "quantized": "quantized bases"}
+KINDS = {"embedding": "embeddings", "experts": "experts", "dropout": "dropout"}  # the others are bases
 UPPER_BOUNDS = ("lora-drop",)  # of layers that share, one counts
 WORDS = {"step_s": "step", "peak_bytes": "memory", "adapter_bytes": "file", "checkpoint_bytes": "checkpoint"}
 
@@ -61,7 +64,7 @@ def method_table(costs: dict[str, Any] | None) -> str:
     columns = ["`method`", "a layer computes", "trained per layer", "good for", "refuses", "source"]
     if costs:
         columns[3:3] = ["step", "memory"]
-    lines = [BEGIN, f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    rows = []
     for method, traits in TRAITS.items():
         recipe = recipe_of(method)
         link = f"[`{method}`](recipes/methods/{recipe}.yaml)" if recipe else f"`{method}`"
@@ -70,9 +73,26 @@ def method_table(costs: dict[str, Any] | None) -> str:
         row += [refusals(traits), source(traits.source)]
         if costs:
             row[3:3] = against_lora(costs, recipe)
+        rows.append(row)
+    return table(BEGIN, columns, rows)
+
+
+def init_table() -> str:
+    """The README's table of how A and B start, markers and all."""
+    rows = []
+    for name, init in INITS.items():
+        link = f"[`{name}`](recipes/methods/{name}.yaml)" if name == recipe_of(name) else f"`{name}`"
+        rows.append([link, init.start, init.says, refusals(init), source(init.source)])
+    return table(BEGIN_INITS, ["`init`", "A and B before step 0", "good for", "refuses", "source"], rows)
+
+
+def table(begin: str, columns: list[str], rows: list[list[str]]) -> str:
+    """Markdown between its markers."""
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for row in rows:
         cells = [cell.replace("|", "\\|") for cell in row]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, END])
+    return "\n".join([begin, *lines, END])
 
 
 def recipe_of(method: str) -> str:
@@ -87,8 +107,8 @@ def against_lora(costs: dict[str, Any], name: str) -> list[str]:
     return [f"x {ratio[quantity]:.2f}" if ratio else "" for quantity in ("step_s", "peak_bytes")]
 
 
-def refusals(traits: Traits) -> str:
-    """Kinds of layers and of bases with the reason, without what to do about it."""
+def refusals(traits: Traits | Init) -> str:
+    """Kinds of layers, of bases and of settings with the reason, without what to do about it."""
     reasons = {kind: why.partition("; ")[0].format("such") for kind, why in traits.refuses.items()}
     return "; ".join(f"{KINDS.get(kind, f'{kind} bases')}: {why}" for kind, why in reasons.items())
 
@@ -112,8 +132,10 @@ def wanted() -> dict[Path, str]:
     """Every file that holds something made here, as it should be."""
     costs = newest_costs()
     text = README.read_text()
-    before, rest = text.split(BEGIN)
-    files = {README: before + method_table(costs) + rest.split(END, 1)[1]}
+    for begin, made in ((BEGIN, method_table(costs)), (BEGIN_INITS, init_table())):
+        before, rest = text.split(begin)
+        text = before + made + rest.split(END, 1)[1]
+    files = {README: text}
     for path in sorted(RECIPES.glob("*.yaml")):
         recipe = path.read_text()
         assert len(COST.findall(recipe)) == 1, f"{path}: expected two lines on its cost"

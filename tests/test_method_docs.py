@@ -15,6 +15,7 @@ from transformers import Qwen3MoeConfig
 from lorakit.adapters import METHODS
 from lorakit.plan import make_plan
 from lorakit.recipe import load_recipe
+from lorakit.recipe.inits import INITS
 from lorakit.recipe.methods import Lora
 from lorakit.recipe.optimizer import LORA_PLUS, AdamW
 from lorakit.recipe.traits import TRAITS, Traits
@@ -73,7 +74,7 @@ def test_a_header_says_what_it_is_for_and_what_not(path: Path) -> None:
     for word in ("For: ", "Not for: ", "Cost beside LoRA's: ", "Measured: ", "Source: "):
         assert said.count(word) == 1, word
     assert "@" not in said
-    found = TRAITS[load_recipe(path).adapter.method].source
+    found = INITS[path.stem].source if path.stem in INITS else TRAITS[load_recipe(path).adapter.method].source
     assert path.stem in ("lora-plus", "rslora") or found.removeprefix("arXiv ") in said
 
 
@@ -162,6 +163,18 @@ def test_a_row_has_every_reason_and_the_formula_of_its_count(method: str) -> Non
         spelled = formula.removeprefix("at most ").replace("·", "*").replace("R(", "R*(")
         values = {"I": 7, "O": 11, "R": 3}
         assert eval(spelled, {"__builtins__": {}}, values) == traits.num_trained(7, 11, 3)
+
+
+@pytest.mark.parametrize("name", INITS)
+def test_a_row_of_a_start_has_every_reason(name: str) -> None:
+    init, (lines,) = INITS[name], [re.findall(rf"^\| \[?`{name}`.*$", README, re.MULTILINE)]
+    (line,) = [line for line in lines if init.start in line]
+    assert init.says in line
+    assert init.source.removeprefix("arXiv ") in line
+    for why in init.refuses.values():
+        assert why.split("; ")[0].split("{}")[0] in line
+    if path := re.search(r"\((recipes/.*?)\)", line):
+        assert load_recipe(ROOT / path[1]).adapter.init == name  # type: ignore[union-attr]
 
 
 def test_a_formula_keeps_its_brackets() -> None:

@@ -1,4 +1,4 @@
-"""How A and B start where not as PEFT starts them: from the weight W (out, in) that they adapt, or drawn so.
+"""How A and B start, where the weight W (out, in) decides or PEFT draws otherwise: PiSSA, OLoRA, LoftQ, orthogonal.
 
 The update is scale * B A. PiSSA and OLoRA start at a part B_0 A_0 of the weight and take it away from W: a
 layer computes
@@ -11,8 +11,9 @@ the base's dtype, the base on the disk is the one that was trained on, and what 
 it, of rank 2r: A' = [A; A_0], B' = scale * [B, -B_0]. It is read alike everywhere, because nobody has to
 decompose W again: PEFT does when it loads its own, and `pissa_niter_*` draws other random numbers then.
 
-LoftQ starts at what quantization took from the weight, W - Q, and nothing is taken away: step 0 is nearer to
-the unquantized base than the quantized one is. One round only. The paper goes on and quantizes W - scale *
+LoftQ starts at what quantization took from the weight, W - Q, and nothing is taken away: the weights of step
+0 are nearer to the unquantized ones than Q is. Little nearer at small ranks, because what NF4 takes is noise
+without strong directions; outputs need not be. One round only. The paper goes on and quantizes W - scale *
 B A anew, which is another matrix than loading the base's files gives, so that no other tool, and no merge,
 could put the adapter on its base. PEFT's loftq divides nothing by the scale and is right at alpha = rank
 alone, as is its replace_lora_weights_loftq, which is of one round, too.

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from lorakit.errors import Problem, did_you_mean
 from lorakit.recipe import adapter, optimizer, schedule
+from lorakit.recipe.inits import INITS
 from lorakit.recipe.section import Section, Tagged
 from lorakit.recipe.source import Key, Source
 from lorakit.recipe.words import expected, show
@@ -48,6 +49,7 @@ KNOWN_AS = {
     "ia3": "Write method: peft with type: IA3.",
     "loha": "Write method: peft with type: LOHA.",
     "lokr": "Write method: peft with type: LOKR.",
+    **{name: f"Write method: lora with init: {name}." for name in INITS},
     **dict.fromkeys(("adam", "adamw_torch", "adamw_torch_fused", "adamw_hf", "fused_adamw"), _ADAM),
     **dict.fromkeys(("adam8bit", "adamw8bit", "adamw_bnb_8bit", "adam_8bit"), "Write name: adamw_8bit."),
     **dict.fromkeys(
@@ -90,11 +92,23 @@ def explain(error: ValidationError, written: Source, recipe: type[Section]) -> l
             message = "must not be empty"
         elif path and (found := _field(path, written, recipe)):
             message = f"expected {expected(*found)}, got {show(_value(path, written))}"
+            if path == ("adapter", "init") and (hint := _start(_value(path, written))):
+                message += f". {hint}"
         else:
             message = str(item["msg"])
         problems.setdefault(path, Problem(written.place(path), ".".join(map(str, path)), message))
     deep = {key[:depth] for key in problems for depth in range(2, len(key))}
     return [problem for key, problem in problems.items() if key not in deep]
+
+
+def _start(value: Any) -> str:
+    """What to write for a start as PEFT spells it, or one that is near it."""
+    text = str(value).lower()
+    if text.startswith("pissa_niter"):
+        return "Write init: pissa with init_svd: fast."
+    if text in ("true", "kaiming", "kaiming_uniform"):
+        return "Write init: default."
+    return did_you_mean(text, INITS)
 
 
 def _value(path: Key, written: Source) -> Any:

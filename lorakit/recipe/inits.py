@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 _TAKEN_AWAY = "what is taken away from W at the start would have to be seen by dropout too; write 0"
+_REST = "it gains by quantizing the rest of W, which no base on a disk is; write init: loftq"
 _EXPERTS = "of an expert's weights only default and gaussian starts are there"
 _EMBEDDING = "an embedding starts with A at zero and B at random"
 
@@ -46,7 +47,7 @@ INITS: dict[str, Init] = {
         "falls faster in the first steps at LoRA's learning rate; how much is left at the end, measure",
         "arXiv 2404.02948",
         refuses={
-            "quantized": "the rest of W, which {} would have to hold, is another matrix than it holds",
+            "quantized": _REST,
             "embedding": _EMBEDDING,
             "experts": _EXPERTS,
             "dropout": _TAKEN_AWAY,
@@ -61,7 +62,7 @@ INITS: dict[str, Init] = {
         "as PiSSA, by a QR decomposition, which is cheaper than one by singular values",
         "arXiv 2406.01775",
         refuses={
-            "quantized": "the rest of W, which {} would have to hold, is another matrix than it holds",
+            "quantized": _REST,
             "embedding": _EMBEDDING,
             "experts": _EXPERTS,
             "dropout": _TAKEN_AWAY,
@@ -82,7 +83,7 @@ INITS: dict[str, Init] = {
     ),
     "loftq": Init(
         "B A = the R largest singular directions of W - quantized W",
-        "gives back part of what quantization took: step 0 is not the base, but nearer to it unquantized",
+        "gives back a part of what quantization took, a small one at small ranks; step 0 is not the base",
         "arXiv 2310.08659",
         refuses={
             "unquantized": "there is nothing to give back: model.quantize is none",

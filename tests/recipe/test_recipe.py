@@ -205,7 +205,15 @@ WRONG = [
     ("adapter: {alpha: 0}", "4:11", "adapter.alpha", '"auto" or a number > 0', "got 0"),
     ("adapter: {alpha: outo}", "4:11", "adapter.alpha", '"auto" or a number > 0', 'got "outo"'),
     ("adapter: {dropout: 1.0}", "4:11", "adapter.dropout", "a number >= 0 and < 1", "got 1.0"),
-    ("adapter: {init: pizza}", "4:11", "adapter.init", '"olora" or "eva" or "loftq"', 'got "pizza"'),
+    (
+        "adapter: {init: pizza}",
+        "4:11",
+        "adapter.init",
+        '"olora" or "eva" or "loftq"',
+        'Did you mean "pissa"?',
+    ),
+    ("adapter: {init: pissa_niter_16}", "4:11", "adapter.init", "expected", "init: pissa with init_svd: fast"),
+    ("adapter: {init: true}", "4:11", "adapter.init", "got true", "Write init: default"),
     ("adapter: {targets: {q: 1}}", "4:11", "adapter.targets", "text or a list of text", "got a mapping"),
     ("adapter: {targets: [q, 1]}", "4:24", "adapter.targets.1", "text", "got 1"),
     ("adapter: {rank_pattern: {q: x}}", "4:26", "adapter.rank_pattern.q", "a whole number", 'got "x"'),
@@ -351,6 +359,15 @@ UNKNOWN = [
         "4:11",
         "adapter.method",
         METHODS + ', got "rslora". Write method: lora with scaling: rank_stabilized',
+    ),
+    *(
+        (
+            f"adapter: {{method: {name}}}",
+            "4:11",
+            "adapter.method",
+            METHODS + f', got "{name}". Write method: lora with init: {name}.',
+        )
+        for name in ("pissa", "olora", "eva", "loftq", "orthogonal")
     ),
     ("adapter: {method: 3}", "4:11", "adapter.method", METHODS + ", got 3"),
 ]
