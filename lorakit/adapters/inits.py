@@ -1,7 +1,7 @@
-"""How A and B start, where the weight W (out, in) decides or PEFT draws otherwise: PiSSA, OLoRA, LoftQ, orthogonal.
+"""How A and B start, where the weight decides or PEFT draws otherwise: PiSSA, OLoRA, LoftQ, orthogonal rows.
 
-The update is scale * B A. PiSSA and OLoRA start at a part B_0 A_0 of the weight and take it away from W: a
-layer computes
+W (out, in) is the weight, scale * B A the update. PiSSA and OLoRA start at a part B_0 A_0 of the weight and
+take it away from W: a layer computes
 
     y = (W - scale * B_0 A_0) x + scale * B A x,
 
