@@ -104,8 +104,8 @@ def inspect(place: str | Path, base: str | None = None, against: str | Path | No
 
 
 def _entry(piece: Piece, update: Update) -> Entry:
-    weight = piece.weight() if piece.weight else None
-    size = None if weight is None else float(weight.double().norm())
+    weight = piece.weight().double() if piece.weight else None
+    size = None if weight is None else float(weight.norm())
     amplified = None if weight is None else _finite(anatomy.amplification(update, weight))
     outside, inside = piece.sides
     return {

@@ -106,7 +106,7 @@ def _notes(saved: Saved) -> dict[str, dict[str, Any]]:
     if saved.run is None or not (saved.run / "params.json").is_file():
         return {}
     told = ("rank", "init_rank", "importance", "shared_with")
-    modules = model_files.read_json(saved.run / "params.json")["modules"]
+    modules = model_files.read_json(saved.run / "params.json").get("modules", [])
     return {entry["name"]: {key: entry[key] for key in told if key in entry} for entry in modules}
 
 
@@ -147,11 +147,16 @@ def _layers_in(file: AdapterFile) -> list[Layer]:
         what = "experts" if file.config.get("target_parameters") else "rows of an embedding"
         raise LorakitError(f"{file.folder}: it adapts {what}, which takes its base to read", _NAME_BASE)
     found = []
-    for name, tensors in file.adapted.items():
+    for name, tensors in sorted(file.adapted.items(), key=lambda item: _by_number(item[0])):
         inside, outside, _ = file.sides(name)
         kind: Any = "embedding" if "lora_embedding_A" in tensors else "linear"
         found.append(Layer(name, kind, inside, outside))
     return found
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """Sorts layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in name.split(".")]
 
 
 def _reader(folder: Path, section: Model, shapes: Shapes, names: Sequence[str]) -> Read:

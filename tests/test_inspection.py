@@ -15,7 +15,7 @@ from peft import IA3Config, LoraConfig, OFTConfig, PeftModel, VeraConfig, get_pe
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lorakit.inspection_view import as_text, heat_map
+from lorakit.inspection_view import as_text, heat_map, ratio
 from tests import architectures
 from tests.conftest import ROOT
 
@@ -292,6 +292,7 @@ def test_a_run_its_adapter_and_its_checkpoint_are_all_read(told, pairs_run: Path
     assert [entry["name"] for entry in checkpoint["layers"]] == names and len(names) > 7
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 def test_what_the_base_is_needed_for_is_left_out_without_it(told, cli, tmp_path: Path) -> None:
     base = save("llama", tmp_path / "base")
     config = LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"], modules_to_save=["lm_head"])
@@ -317,6 +318,15 @@ def test_what_the_base_is_needed_for_is_left_out_without_it(told, cli, tmp_path:
         assert math.fsum(entry["share"] for entry in found["layers"]) == pytest.approx(1)
     code, out, _ = cli("inspect", tmp_path / "adapter")
     assert code == 0 and "not read: " in out and "|D|/|W|" not in out
+
+
+def test_layers_that_no_model_puts_in_order_are_in_order_of_their_numbers(told, tmp_path: Path) -> None:
+    source = by_peft(
+        save("llama", tmp_path / "base"), tmp_path / "source", LoraConfig(target_modules=["q_proj"])
+    )
+    names = [f"model.layers.{number}.{leaf}" for number in (0, 2, 10) for leaf in ("mlp.up", "self_attn.q")]
+    plant(tmp_path / "one", source, dict.fromkeys(names, (np.ones((2, 8)), np.ones((8, 2)))), 2)
+    assert [entry["name"] for entry in told(tmp_path / "one")["layers"]] == names
 
 
 def test_a_base_in_several_files_is_read_tensor_by_tensor(told, tmp_path: Path) -> None:
@@ -408,6 +418,32 @@ def test_two_adapters_of_other_rank_and_targets_are_compared_where_both_are(
     assert f"begins with {names[0]}, the other with {names[3]}" in err
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_dora_whose_lengths_are_those_of_its_sum_is_the_lora_in_it(told, tmp_path: Path) -> None:
+    """m = |W + s B A|: by way of the dense matrix in one, of the factors in the other."""
+    base = save("llama", tmp_path / "base")
+    config = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]}
+    lora = by_peft(base, tmp_path / "lora", LoraConfig(**config))
+    dora = by_peft(base, tmp_path / "dora", LoraConfig(**config, use_dora=True))
+    tensors = load_file(lora / "adapter_model.safetensors")
+    _, new = before_and_after(base, lora)
+    for key in [key for key in tensors if "lora_A" in key]:
+        name = key.removeprefix("base_model.model.").replace(".lora_A", "")
+        lengths = np.linalg.norm(new[name], axis=1)
+        magnitude = key.replace("lora_A.weight", "lora_magnitude_vector")
+        tensors[magnitude] = torch.from_numpy(lengths).float()
+    save_file(tensors, dora / "adapter_model.safetensors")
+    found = told(dora, "--against", lora, "--base", base)
+    assert found["method"] == "dora" and len(found["against"]["layers"]) == 4
+    for entry, plain in zip(found["layers"], told(lora, "--base", base)["layers"], strict=True):
+        assert entry["singular_values"][:4] == pytest.approx(plain["singular_values"], rel=1e-5)
+        assert entry["singular_values"][4] < 1e-5 * entry["singular_values"][0]
+    for entry in found["against"]["layers"]:
+        assert entry["ranks"] == [4, 4]
+        for key in ("left", "right", "first_left", "cosine"):
+            assert entry[key] == pytest.approx(1, abs=1e-6)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # What is written
 
@@ -448,6 +484,10 @@ def test_the_table_has_a_line_for_each_layer_and_says_its_numbers(told, cli, pai
         assert cells[1:5] == [f"{entry[key]:.4g}" for key in ("rank", "alpha", "scale", "norm")]
     for entry in (*found["kinds"], *found["depths"]):
         assert f"{100 * entry['share']:.1f} %" in lines[entry["name"]]
+
+
+def test_a_change_of_a_weight_of_zeros_has_no_ratio() -> None:
+    assert (ratio(3.0, 2.0), ratio(3.0, 0.0), ratio(0.0, 0.0), ratio(3.0, None)) == (1.5, None, 0.0, None)
 
 
 @pytest.mark.parametrize("known", [True, False])
