@@ -1,12 +1,12 @@
-"""Bring what is known of methods and starts into the README's tables and the headers of recipes/methods/.
+"""Bring what is known of methods, starts, optimizers and schedules into the README's tables, and what methods
+cost into the headers of recipes/methods/.
 
     python scripts/make_method_table.py [--check]
 
-The table comes from the registry (lorakit/recipe/traits.py: TRAITS): what a layer computes, what is said of
-it, the trained parameters of a layer as its formula spells them, what it refuses and why; that of how A and B
-start from lorakit/recipe/inits.py: INITS. The costs come from
-the newest docs/bench_methods-*.json (scripts/bench_methods.py). --check: write nothing, exit 1 where
-something is not as this script makes it.
+The tables come from the registries in lorakit/recipe/ (TRAITS, INITS, OPTIMIZERS, SCHEDULES): what a layer
+computes, what is said of it, the trained parameters of a layer as its formula spells them, what it refuses and
+why. The costs come from the newest docs/bench_methods-*.json (scripts/bench_methods.py). --check: write
+nothing, exit 1 where something is not as this script makes it.
 """
 
 import argparse
@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.recipe.inits import INITS, Init
+from lorakit.recipe.optimizer import OPTIMIZERS
+from lorakit.recipe.schedule import SCHEDULES
 from lorakit.recipe.traits import TRAITS, Traits
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,6 +26,8 @@ README = ROOT / "README.md"
 RECIPES = ROOT / "recipes" / "methods"
 BEGIN = "<!-- made by scripts/make_method_table.py: change TRAITS in lorakit/recipe/traits.py -->"
 BEGIN_INITS = "<!-- made by scripts/make_method_table.py: change INITS in lorakit/recipe/inits.py -->"
+BEGIN_OPTIMIZERS = BEGIN.replace("TRAITS", "OPTIMIZERS").replace("traits.py", "optimizer.py")
+BEGIN_SCHEDULES = BEGIN.replace("TRAITS", "SCHEDULES").replace("traits.py", "schedule.py")
 END = "<!-- end of what is made -->"
 COST = re.compile(r"^# Cost beside LoRA's: .*\n# \(.*\)\.\n", re.MULTILINE)
 KINDS = {"embedding": "embeddings", "experts": "experts", "dropout": "dropout"}  # the others are bases
@@ -86,9 +90,23 @@ def init_table() -> str:
     return table(BEGIN_INITS, ["`init`", "A and B before step 0", "good for", "refuses", "source"], rows)
 
 
+def optimizer_table() -> str:
+    rows = []
+    for name, traits in OPTIMIZERS.items():
+        lr = f"{traits.section.model_fields['lr'].default:g}"
+        rows.append([f"`{name}`", traits.update, traits.state, lr, traits.says, source(traits.source)])
+    columns = ["`name`", "an update, before `lr`", "bytes of state per trained parameter", "`lr`"]
+    return table(BEGIN_OPTIMIZERS, [*columns, "good for", "source"], rows)
+
+
+def schedule_table() -> str:
+    rows = [[f"`{name}`", t.formula, t.says, source(t.source)] for name, t in SCHEDULES.items()]
+    return table(BEGIN_SCHEDULES, ["`name`", "share of `lr` after the warm-up", "good for", "source"], rows)
+
+
 def table(begin: str, columns: list[str], rows: list[list[str]]) -> str:
-    """Markdown between its markers."""
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    """A table in Markdown between its marks."""
+    lines = [begin, f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in rows:
         cells = [cell.replace("|", "\\|") for cell in row]
         lines.append(f"| {' | '.join(cells)} |")
@@ -132,8 +150,8 @@ def wanted() -> dict[Path, str]:
     """Every file that holds something made here, as it should be."""
     costs = newest_costs()
     text = README.read_text()
-    for begin, made in ((BEGIN, method_table(costs)), (BEGIN_INITS, init_table())):
-        before, rest = text.split(begin)
+    for made in (method_table(costs), init_table(), optimizer_table(), schedule_table()):
+        before, rest = text.split(made.splitlines()[0])
         text = before + made + rest.split(END, 1)[1]
     files = {README: text}
     for path in sorted(RECIPES.glob("*.yaml")):

@@ -17,7 +17,8 @@ from lorakit.plan import make_plan
 from lorakit.recipe import load_recipe
 from lorakit.recipe.inits import INITS
 from lorakit.recipe.methods import Lora
-from lorakit.recipe.optimizer import LORA_PLUS, AdamW
+from lorakit.recipe.optimizer import LORA_PLUS, OPTIMIZERS, AdamW
+from lorakit.recipe.schedule import SCHEDULES
 from lorakit.recipe.traits import TRAITS, Traits
 from tests import architectures
 from tests.conftest import ROOT, load_script, metrics
@@ -75,7 +76,7 @@ def test_a_header_says_what_it_is_for_and_what_not(path: Path) -> None:
         assert said.count(word) == 1, word
     assert "@" not in said
     found = INITS[path.stem].source if path.stem in INITS else TRAITS[load_recipe(path).adapter.method].source
-    assert path.stem in ("lora-plus", "rslora") or found.removeprefix("arXiv ") in said
+    assert path.stem in ("lora-plus", "rslora", "sophia") or found.removeprefix("arXiv ") in said
 
 
 @pytest.mark.parametrize("path", OFFLINE, ids=lambda path: path.stem)
@@ -175,6 +176,16 @@ def test_a_row_of_a_start_has_every_reason(name: str) -> None:
         assert why.split("; ")[0].split("{}")[0] in line
     if path := re.search(r"\((recipes/.*?)\)", line):
         assert load_recipe(ROOT / path[1]).adapter.init == name  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("registry", "field"), [(OPTIMIZERS, "update"), (SCHEDULES, "formula")])
+def test_a_row_of_an_optimizer_or_a_schedule_is_its_entry_in_the_registry(registry: Any, field: str) -> None:
+    for name, traits in registry.items():
+        (line,) = [line for line in README.splitlines() if line.startswith(f"| `{name}` |")]
+        for part in (getattr(traits, field), traits.says, traits.source.removeprefix("arXiv ")):
+            assert part in line
+        if registry is OPTIMIZERS:
+            assert f"| {traits.section.model_fields['lr'].default:g} |" in line
 
 
 def test_a_formula_keeps_its_brackets() -> None:
