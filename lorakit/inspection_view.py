@@ -80,10 +80,10 @@ def _layer_rows(layers: Sequence[Entry], here: bool) -> list[Row]:
 
 
 def _rank(entry: Mapping[str, Any]) -> str:
-    """How large the adapter is there: its rank, where a method moved ranks that of how many, or the tuner."""
+    """How large the adapter is there: its rank, where a method moved ranks from which, or the tuner."""
     if not entry["rank"] and "init_rank" not in entry:
         return str(entry["trained_as"])
-    told = f"{entry['rank']} of {entry['init_rank']}" if "init_rank" in entry else str(entry["rank"])
+    told = f"{entry['rank']} from {entry['init_rank']}" if "init_rank" in entry else str(entry["rank"])
     return f"{told}, shared" if "shared_with" in entry else told
 
 

@@ -105,7 +105,7 @@ def _notes(saved: Saved) -> dict[str, dict[str, Any]]:
     """What params.json of the run around it says of a layer's rank, and why it is that."""
     if saved.run is None or not (saved.run / "params.json").is_file():
         return {}
-    told = ("rank", "init_rank", "importance", "shared_with")
+    told = ("rank", "init_rank", "explained", "importance", "shared_with")
     modules = model_files.read_json(saved.run / "params.json").get("modules", [])
     return {entry["name"]: {key: entry[key] for key in told if key in entry} for entry in modules}
 

@@ -269,13 +269,13 @@ def test_where_ranks_were_decided_the_map_is_told(told, cli, write_recipe, tmp_p
         if not entry["rank"]:
             assert entry["norm"] == entry["effective_rank"] == entry["amplification"] == 0
     assert sum(entry["rank"] for entry in found["layers"]) == 2 * len(found["layers"])
-    assert f"{found['layers'][0]['rank']} of 4" in cli("inspect", tmp_path / "run")[1]
+    assert f"{found['layers'][0]['rank']} from 4" in cli("inspect", tmp_path / "run")[1]
     for entry in modules.values():
         entry |= {"importance": 0.25, "shared_with": "another"}
     (tmp_path / "run" / "params.json").write_text(json.dumps({"modules": list(modules.values())}))
     shared = told(tmp_path / "run")["layers"][0]
     assert (shared["importance"], shared["shared_with"]) == (0.25, "another")
-    assert "of 4, shared" in cli("inspect", tmp_path / "run")[1]
+    assert "from 4, shared" in cli("inspect", tmp_path / "run")[1]
 
 
 # ------------------------------------------------------------------------------------------------------------
