@@ -4,8 +4,8 @@ cost into the headers of recipes/methods/.
     python scripts/make_method_table.py [--check]
 
 The tables come from the registries in lorakit/recipe/ (TRAITS, INITS, OPTIMIZERS, SCHEDULES): what a layer
-computes, what is said of it, the trained parameters of a layer as its formula spells them, what it refuses and
-why. The costs come from the newest docs/bench_methods-*.json (scripts/bench_methods.py). --check: write
+computes, what is said of it, the trained parameters of a layer as its formula spells them, what it refuses
+and why. The costs come from the newest docs/bench_methods-*.json (scripts/bench_methods.py). --check: write
 nothing, exit 1 where something is not as this script makes it.
 """
 
@@ -110,7 +110,7 @@ def table(begin: str, columns: list[str], rows: list[list[str]]) -> str:
     for row in rows:
         cells = [cell.replace("|", "\\|") for cell in row]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([begin, *lines, END])
+    return "\n".join([*lines, END])
 
 
 def recipe_of(method: str) -> str:
