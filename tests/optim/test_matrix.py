@@ -17,7 +17,7 @@ from lorakit import optim
 from lorakit.recipe.optimizer import OPTIMIZERS, elsewhere
 from tests.adapters import matrix
 from tests.adapters.matrix import STEPS, VARIANTS, Attached, Cell
-from tests.adapters.test_matrix import Shared, distance, in_two_processes, same
+from tests.adapters.test_matrix import Shared, distance, in_two_processes, once, same
 
 METHODS = ("lora", "adalora", "full")
 
@@ -110,7 +110,8 @@ OTHERS = [variant for variant in VARIANTS if variant not in METHODS]
     "cell",
     [
         pytest.param(
-            Cell(variant, "linear", "fp32", name), marks=[] if name == "sophia" else pytest.mark.slow
+            Cell(variant, "linear", once(variant).base, name),
+            marks=[] if name == "sophia" else pytest.mark.slow,
         )
         for name in HERE
         for variant in OTHERS
