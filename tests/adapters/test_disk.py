@@ -19,6 +19,13 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "lora-drop": {"method": "lora-drop", "rank": 4, "probe": 8, "threshold": 0.5},
     "pissa": {"rank": 4, "init": "pissa", "rank_pattern": {"q_proj": 8}, **HEAD},  # two pairs in every file
     "olora": {"rank": 4, "init": "olora"},
+    "eva": {
+        "rank": 4,
+        "init": "eva",
+        "probe": 8,
+        "rank_pattern": {"q_proj": 8},
+        **HEAD,
+    },  # one rank in its file
     "full": {"method": "full", "train_only": ["norm"]},
     "randlora": {"method": "peft", "type": "RANDLORA", "config": {"r": 4}},  # with its projections
 }

@@ -60,6 +60,7 @@ HELD: dict[str, tuple[str, str]] = {  # oracle -> (file below tests/, beginning 
     "C9": (_COUNT, "test_adalora_adds_one_number_per_rank"),
     "C10": ("adapters/test_vera.py", "test_published_counts"),
     "C11": (_ADALORA, "test_the_budgets_are_those_of_the_released_code"),
+    "C12": ("adapters/test_eva.py", "test_c12"),
     "C13": (_MATRIX, "test_the_count_is_the_closed_form"),
     "C15": (_HERE, "test_c15"),
     "O1 step 0 is the base": (_MATRIX, "test_step_0_is_the_base"),
@@ -102,7 +103,6 @@ HELD: dict[str, tuple[str, str]] = {  # oracle -> (file below tests/, beginning 
     "O33": (_HERE, "test_o33"),
 }
 LATER = {  # what today's code has nothing of
-    "C12": "EVA",
     "O11": "sums of adapters",
     "O21": "Sophia-H, which needs second derivatives of every layer",
     "O31": "distillation",
