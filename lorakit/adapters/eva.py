@@ -7,8 +7,8 @@ With x the inputs of a layer over the real tokens of a sample of the rows, and m
 so that step 0 is the base. Direction j of a layer explains s_j^2 / trace(C) of its inputs. All layers' first
 floor(rho r) shares are ranked together, and the n r largest keep their direction: the sum of all ranks is
 what equal ranks would have had, a layer gets between 0 and rho r, and its scale stays what it was (its alpha
-follows its rank). The rows of A have length 1, LoRA's 1/sqrt(3) on average: at the same learning rate the
-first steps of W are three times as long. Source: Paischer et al. 2024, arXiv 2410.07170.
+follows its rank). The rows of A have length 1, LoRA's 1/sqrt(3) on average: at one learning rate Adam's first
+steps of W are 1.7 times as long. Source: Paischer et al. 2024, arXiv 2410.07170.
 
 As PEFT does, and as "explained variance" says, the mean is taken away; an SVD of x itself would spend its
 first direction on it. PEFT stops a layer when its directions have settled (cosine above tau) and goes over
