@@ -149,7 +149,7 @@ def heat_map(found: Mapping[str, Any]) -> str:
     }
     top = max((entry[key] or 0.0 for entry in layers), default=0.0)
     legend = [Cell(top * part / 4, _percent(top * part / 4), "") for part in range(5)]
-    together = f": {_percent(found['relative'])} of all" if here else ""
+    together = f": {_percent(found['relative'])} over all" if here else ""
     title = f"{word}, layer by module{together}"
     return picture.svg(HeatMap(title, word, legend, drawn, ("all", sums)))
 
