@@ -41,8 +41,8 @@ def adamw_8bit(section: Any, moved: Groups) -> torch.optim.Optimizer:
 
 
 def sgd(section: Any, moved: Groups) -> torch.optim.Optimizer:
-    momentum, nesterov = section.momentum, section.nesterov
-    return torch.optim.SGD(moved, lr=section.lr, momentum=momentum, nesterov=nesterov, fused=True)
+    # not fused: that fails where the first gradient of a parameter comes after another's
+    return torch.optim.SGD(moved, lr=section.lr, momentum=section.momentum, nesterov=section.nesterov)
 
 
 def adafactor(section: Any, moved: Groups) -> torch.optim.Optimizer:

@@ -1,7 +1,8 @@
 """Ten steps of every optimizer against its formulas in numpy and fp64, through lorakit's groups and sections.
 
 Gradients are drawn, not computed: what is tried is the update. B learns at its own rate, matrices alone
-decay, the learning rate changes from step to step, and one parameter has no gradient in some steps.
+decay, the learning rate changes from step to step, and one parameter has no gradient in some steps, the first
+among them.
 """
 
 from collections.abc import Callable
@@ -117,6 +118,11 @@ def section_of(name: str, **more: Any) -> Mover:
     return OPTIMIZERS[name].section(name=name, **fields)
 
 
+def moved(name: str, step: int) -> bool:
+    """Whether a parameter has a gradient: one has none in the first step, and now and then."""
+    return name != "now and then" or step % 3 != 0
+
+
 class Run:
     """Parameters and drawn gradients, by lorakit in `dtype` and by hand in fp64."""
 
@@ -139,7 +145,7 @@ class Run:
         for item in self.trained:
             g = self.gradients.normal(0, size, item.parameter.shape)
             g = torch.from_numpy(g).to(item.parameter.dtype)
-            absent = item.name == "now and then" and step % 3 == 1
+            absent = not moved(item.name, step)
             item.parameter.grad = None if absent else g
             if not absent:
                 given[item.name] = g.double().numpy()
@@ -190,10 +196,6 @@ def test_ten_steps_are_the_formulas(name: str, more: dict[str, Any]) -> None:
             assert optim.measures(run.optimizer)["clipped_share"] == clipped / numbers
             assert 0 < clipped < numbers  # some of both
     assert run.off() <= 1e-12
-
-
-def moved(name: str, step: int) -> bool:
-    return name != "now and then" or step % 3 != 1
 
 
 def test_only_sophia_has_something_to_say() -> None:
@@ -333,6 +335,28 @@ def test_the_registry_knows_how_large_the_state_is(name: str, shapes: Any) -> No
     held = sum(t.numel() * t.element_size() for label, t in found.items() if not label.startswith("step|"))
     traits = OPTIMIZERS[name]
     assert held == sum(traits.state_bytes(run.section, shape) for _, shape in shapes.values())
+
+
+def test_what_is_paged_is_asked_of_bitsandbytes_again() -> None:
+    """A state that is read from a file lies where paging can reach it: in memory of bitsandbytes' own making,
+    which on a CPU it takes from PyTorch with a warning."""
+    section = section_of("paged_adamw_8bit")
+    runs = []
+    with pytest.warns(UserWarning, match="[Pp]aged"):
+        for _ in range(2):
+            runs.append(Run(section, torch.float32, WIDE))
+            runs[-1].step(0)
+        first, second = runs
+        buffers: list[Tensor] = []
+        take = second.optimizer.get_state_buffer  # type: ignore[attr-defined]
+        second.optimizer.get_state_buffer = lambda *a, **b: (buffers.append(take(*a, **b)), buffers[-1])[1]  # type: ignore[attr-defined]
+        optim.load_state(second.optimizer, second.trained, optim.state(first.optimizer, first.trained))
+    held = optim.state(second.optimizer, second.trained)
+    states = [tensor for label, tensor in held.items() if label.startswith("state")]
+    assert len(states) == len(buffers) == 2 * len(WIDE)
+    assert {t.data_ptr() for t in states} == {t.data_ptr() for t in buffers}
+    for label, tensor in optim.state(first.optimizer, first.trained).items():
+        assert torch.equal(tensor, held[label]), label
 
 
 def test_sgd_without_momentum_has_no_state() -> None:
