@@ -28,6 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lorakit import anatomy
 from lorakit.anatomy import Update
 from lorakit.errors import LorakitError
@@ -73,12 +75,12 @@ def inspect(place: str | Path, base: str | None = None, against: str | Path | No
     layers: list[Entry] = []
     similar: list[Entry] = []
     for piece in track(trained.pieces, "inspecting", total=len(trained.pieces)):
-        update = piece.update()
+        update = _update(piece)
         if update.norm == 0 and (trained.method == "full" or piece.name.endswith(".bias")):
             continue  # it was not trained
         layers.append(_entry(piece, update) | trained.notes.get(piece.name, {}))
         if piece.key in common:
-            similar.append(_against(piece, update, theirs[piece.key].update()))
+            similar.append(_against(piece, update, _update(theirs[piece.key])))
     found: Entry = {
         "adapter": str(trained.folder),
         "method": trained.method,
@@ -102,6 +104,20 @@ def inspect(place: str | Path, base: str | None = None, against: str | Path | No
 
 # ------------------------------------------------------------------------------------------------------------
 # Entries
+
+
+def _update(piece: Piece) -> Update:
+    """Raises: LorakitError where it holds what is no number."""
+    try:
+        update = piece.update()
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        update = None
+    if update is None or not update.s.isfinite().all():
+        raise LorakitError(
+            f"{piece.name}: its change is not finite: it holds infinities or what is no number",
+            "Its training diverged, or its file is damaged; an earlier checkpoint may be sound.",
+        )
+    return update
 
 
 def _entry(piece: Piece, update: Update) -> Entry:

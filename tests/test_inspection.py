@@ -548,6 +548,14 @@ def test_bad_calls(cli, tmp_path: Path, pairs_run: Path) -> None:
     shutil.rmtree(unfinished / "adapter")
     assert "has no adapter yet" in (err := refused(unfinished)) and "--resume auto" in err
 
+    diverged = tmp_path / "diverged"
+    shutil.copytree(pairs_run / "adapter", diverged)
+    tensors = load_file(diverged / "adapter_model.safetensors")
+    for broken in (float("nan"), float("inf")):
+        tensors[min(tensors)][0, 0] = broken
+        save_file(tensors, diverged / "adapter_model.safetensors")
+        assert "is not finite" in refused(diverged)
+
     other = save("llama", tmp_path / "other")
     assert "but" in (err := refused(pairs_run, "--base", other)) and "in this model" in err
 
