@@ -121,7 +121,8 @@ def stored(folder: Path, parameter: str) -> Tensor:
     if len(near) != 1:
         what = f"could be {near[0]} or {near[1]}" if near else "is not"
         raise LorakitError(
-            f"{parameter} {what} in the files of {folder}", "What reads it there cannot be had of this layer."
+            f"{parameter} {what} in the files of {folder}",
+            "Leave this layer out of adapter.targets, or write another adapter.init.",
         )
     with safe_open(files[near[0]], "pt") as file:
         found: Tensor = file.get_tensor(near[0])

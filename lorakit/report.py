@@ -133,7 +133,7 @@ def model_card(recipe: Recipe, plan: Plan, params: dict[str, Any], scores: dict[
     path = recipe.model.path
     name = path.rsplit("/", 1)[-1] if path.startswith("/") else path
     full = recipe.adapter.method == "full"
-    exported = is_exported(recipe.adapter)
+    exported, init = is_exported(recipe.adapter), getattr(recipe.adapter, "init", "default")
     tag = getattr(recipe.adapter, "type", "lora").lower()
     library, tags = ("transformers", "[lorakit]") if full else ("peft", f"[{tag}, lorakit]")
     front = ["---", f"base_model: {json.dumps(name)}", f"library_name: {library}", f"tags: {tags}", "---", ""]
@@ -144,12 +144,12 @@ def model_card(recipe: Recipe, plan: Plan, params: dict[str, Any], scores: dict[
     facts = {
         "base model": f"`{_code(name)}`{revision}",
         "quantization of the base": recipe.model.quantize,
-        "method": recipe.adapter.method,
+        "method": recipe.adapter.method + (f", init: {init}" if init != "default" else ""),
         "in the files": "plain LoRA, which is what was trained exactly" if exported else None,
         "trainable parameters": _share(params),
         "step": f"{scores['step']} of {plan.total_steps}, {recipe.training.batch_size} samples each",
         "held-out loss (nats per trained token)": _number(scores["eval_loss"]),
-        f"the same {_before(getattr(recipe.adapter, 'init', 'default'))}": _number(scores["base_eval_loss"]),
+        f"the same {_before(init)}": _number(scores["base_eval_loss"]),
         "trained on": f"{trained}, {plan['data.format']}, {plan['task.train_on']}",
         "seed": recipe.training.seed,
         "written by": f"lorakit {__version__}",

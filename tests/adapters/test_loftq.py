@@ -236,6 +236,23 @@ def test_odd_widths_are_read_as_they_lie(tmp_path: Path) -> None:
     assert np.linalg.norm(lost - product(down)) == pytest.approx(np.sqrt((values[4:] ** 2).sum()), rel=1e-4)
 
 
+def test_a_run_ends_before_step_0_where_a_weight_is_not_found(
+    write_recipe: Any, cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it would where transformers puts a layer together when it loads."""
+    real = base_model.nearest
+    monkeypatch.setattr(
+        base_model, "nearest", lambda name, index: [] if "v_proj" in name else real(name, index)
+    )
+    model = json.loads(write_recipe().read_text())["model"] | {"quantize": "nf4", "compute_dtype": "fp32"}
+    code, out, err = cli("train", write_recipe(model=model, adapter={"rank": 4, "init": "loftq"}))
+    assert code == 2
+    assert "model.layers.0.self_attn.v_proj.weight is not in the files of" in err
+    assert "adapter.targets" in err
+    assert "Traceback" not in out + err
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
 # ------------------------------------------------------------------------------------------------------------
 # A run
 
@@ -252,7 +269,9 @@ def test_a_run_is_qlora_from_a_better_start(write_recipe: Any, cli: Any, tmp_pat
     config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["init_lora_weights"]) == (4, 8, True)
     assert "as loftq starts" in out + err
-    assert "as loftq starts" in (tmp_path / "run" / "adapter" / "README.md").read_text()
+    card = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    assert "| method | lora, init: loftq |" in card
+    assert "before training, as loftq starts |" in card
     first = load_file(tmp_path / "run" / "checkpoints" / "step-000000" / "adapter_model.safetensors")
     assert all(tensor.any() for tensor in first.values())
     code, out, err = cli("merge", tmp_path / "run", "--output", tmp_path / "merged")
