@@ -1,9 +1,9 @@
 """THE training loop. It takes flat arguments, never sees a recipe, and changes nothing but the adapter.
 
 A step is: learning rate, micro-batches, gradients divided by the trained tokens of the whole step on all
-ranks, clip, update. Every random draw is a function of (seed, step, micro-batch, rank), that of a label by the
-model itself one of (seed, step, sample), and every learning rate one of the step, so that the only state is
-what TrainState, the adapter and the optimizer hold.
+ranks, clip, update. Every random draw is a function of (seed, step, micro-batch, rank), that of a label by
+the model itself one of (seed, step, sample), and every learning rate one of the step, so that the only state
+is what TrainState, the adapter and the optimizer hold.
 """
 
 import math
