@@ -97,7 +97,7 @@ SCHEDULES: dict[str, ScheduleTraits] = {
     "linear": ScheduleTraits(
         Linear,
         "f + (1 - f) (T - t) / (T - w)",
-        "as good as cosine wherever the two were compared; spends less time near the peak",
+        "falls by as much in every step; spends less time near the peak than cosine",
         "",
     ),
     "constant": ScheduleTraits(
@@ -115,7 +115,7 @@ SCHEDULES: dict[str, ScheduleTraits] = {
     "wsd": ScheduleTraits(
         Wsd,
         "1, then f + (1 - f) (T - t) / d over the last d steps",
-        "any step of the stable part can be continued, or ended with a decay; near cosine's final loss",
+        "any step of the stable part can be continued, or ended with a decay; its papers: as good as cosine",
         "arXiv 2404.06395",
     ),
 }

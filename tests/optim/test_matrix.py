@@ -65,7 +65,7 @@ def test_a_cell_trains_what_it_declares_with_the_state_that_the_registry_says(
 
 
 # Sophia (every: 2) estimates in steps 0, 2 and 4; AdaLoRA takes away after steps 2, 3 and 4.
-@pytest.mark.parametrize("step", [1, 3])
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 3])
 @every_cell
 def test_interrupted_is_uninterrupted(cell: Cell, step: int, shared: Shared) -> None:
     """From a checkpoint on the disk, on a new base: every bit of adapter and optimizer, and every loss."""
