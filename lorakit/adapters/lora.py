@@ -164,6 +164,8 @@ class LoraAdapter(Adapter):
         if self.section.init == "loftq":
             source = inits.taken(weight_name, probe.stored(weight_name), weight)
         a, b = inits.from_weight(self.section, source, layer.r[NAME], scale, self.seed)
+        dead = (a == 0).all(dim=1) & (b == 0).all(dim=0)  # a direction of nothing would never move
+        a = torch.where(dead[:, None], factors(layer)[0], a)
         for each in (NAME, _START)[: self.init.pairs]:
             for factor, values in zip(factors(layer, each), (a, b), strict=True):
                 factor.copy_(values)

@@ -227,6 +227,19 @@ def test_step_0_is_the_base_but_for_rounding(init: Any, dtype: torch.dtype, svd:
     assert off <= (1e-6 if dtype == torch.float32 else 2**-7)
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_what_has_no_strongest_part_is_trained_all_the_same(init: Any) -> None:
+    """A weight of zeros, as a layer that was added has: with A = B = 0 nothing would ever move (O5)."""
+    toy = Toy()
+    toy.linear.weight.data.zero_()
+    adapter: Any = attach(Lora(init=init), toy, [Target(Layer("linear", "linear", IN, OUT), 4, 8.0)], seed=4)
+    before = toy(X)
+    adapter.prepare(None)
+    assert torch.allclose(toy(X), before, rtol=0, atol=1e-6)
+    toy(X).square().sum().backward()
+    assert any(item.parameter.grad.any() for item in adapter.trained())
+
+
 @pytest.mark.parametrize("section", [Lora(init="orthogonal"), LoraFa(method="lora-fa", init="orthogonal")])
 def test_orthogonal_on_layers(section: Any) -> None:
     """Drawn when the adapter is attached, from the seed; B is zero, and so step 0 the base."""
