@@ -254,7 +254,8 @@ def draw(seed: int, step: int, index: int, rank: int) -> int:
 
 def label_places(micro: MicroBatch, seed: int, step: int) -> Tensor:
     """(M,) fp64 in [0, 1): where in the model's distribution the label of each target is drawn. A function of
-    seed, step, sample and place in it alone, so that the layout of a step does not change its labels."""
+    seed, step, sample and place in it alone, so that the layout of a step does not change its labels. A
+    sample that is in a step twice has the same ones twice."""
     found = []
     for sample, number in zip(micro.samples, micro.num_targets(), strict=True):
         stream = torch.Generator().manual_seed(draw(seed, step, sample, _LABELS))

@@ -15,6 +15,7 @@ import torch
 
 from lorakit import optim
 from lorakit.recipe.optimizer import OPTIMIZERS, elsewhere
+from lorakit.tasks.causal_lm import CausalLmTask
 from tests.adapters import matrix
 from tests.adapters.matrix import STEPS, VARIANTS, Attached, Cell
 from tests.adapters.test_matrix import Shared, distance, in_two_processes, once, same
@@ -140,6 +141,38 @@ def test_paging_is_refused_on_a_cpu_before_the_data_are_read(cli, write_recipe, 
     )
     assert "JSON" not in out + err
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("base", ["bf16", "nf4"])
+def test_sophia_on_bases_of_fewer_bits(base: str, shared: Shared) -> None:
+    """In 16 bits under autocast, and over 4-bit weights: state is in fp32, and a resumed run is the same."""
+    cell = Cell("lora", "linear", base, "sophia")
+    run = shared.trained(cell)
+    losses = [line["loss"] for line in run.lines]
+    assert min(losses[3:]) < losses[0]
+    found = optim.state(run.optimizer, run.adapter.trained())
+    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+    other = Attached(cell, shared.bench)
+    other.train(resume=shared.checkpoints(cell) / "step-000003")
+    assert same(found, optim.state(other.optimizer, other.adapter.trained()))
+    assert [line["loss"] for line in other.lines] == losses[3:]
+
+
+@pytest.mark.parametrize("name", ["sophia", "adamw"])
+def test_memory_for_the_estimate_is_tried_before_step_0(
+    name: str, cli, write_recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its logits may be the most that a run needs."""
+
+    def full(*inputs: Any) -> None:
+        raise torch.OutOfMemoryError("no room for the logits")
+
+    monkeypatch.setattr(CausalLmTask, "drawn_loss_sum", full)
+    recipe = write_recipe(optimizer={"name": name}, training={"max_steps": 2})
+    code, _, err = cli("train", recipe, "--output", tmp_path / "run")
+    assert code == (1 if name == "sophia" else 0), err
+    assert ("out of memory: no room for the logits" in err) == (name == "sophia")
+    assert (tmp_path / "run" / "metrics.jsonl").exists() == (name != "sophia")
 
 
 def test_a_run_with_sophia_logs_how_much_was_clipped(cli, write_recipe, tmp_path: Path) -> None:
