@@ -70,7 +70,7 @@ def pissa(weight: Tensor, rank: int, scale: float, fast: bool = False, seed: int
 
 def olora(weight: Tensor, rank: int, scale: float) -> Pair:
     """(A, B) with scale * B A = Q_r R_r of W = Q R: B is the first `rank` columns of Q, which are
-    orthonormal, and A the first rows of R over the scale. Buyukakyuz 2024, arXiv 2406.01775, section 3.
+    orthonormal, and A the first rows of R over the scale. Büyükakyüz 2024, arXiv 2406.01775.
 
     PEFT does not divide, and takes scale * Q_r R_r away: the same at alpha = rank, else more than there is.
     """

@@ -43,7 +43,7 @@ INITS: dict[str, Init] = {
         refuses={"embedding": _EMBEDDING, "experts": _EXPERTS},
     ),
     "pissa": Init(
-        "B A = the R largest singular directions of W, taken away from W",
+        "s · B A = the R largest singular directions of W, taken away from W",
         "falls faster in the first steps at LoRA's learning rate; how much is left at the end, measure",
         "arXiv 2404.02948",
         refuses={
@@ -58,7 +58,7 @@ INITS: dict[str, Init] = {
         pairs=2,
     ),
     "olora": Init(
-        "W = Q R: B = the first R columns of Q, A = the first R rows of R, taken away from W",
+        "W = Q T: B = the first R columns of Q, s · A = the first R rows of T, taken away from W",
         "as PiSSA, by a QR decomposition, which is cheaper than one by singular values",
         "arXiv 2406.01775",
         refuses={
@@ -82,7 +82,7 @@ INITS: dict[str, Init] = {
         exported=True,
     ),
     "loftq": Init(
-        "B A = the R largest singular directions of W - quantized W",
+        "s · B A = the R largest singular directions of W - quantized W",
         "gives back a part of what quantization took, a small one at small ranks; step 0 is not the base",
         "arXiv 2310.08659",
         refuses={
