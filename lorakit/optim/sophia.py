@@ -10,11 +10,12 @@ labels N g' g' is on average the diagonal of the Gauss-Newton matrix of that mea
 tokens are independent and on average zero (Bartlett's identity).
 
 Source: Liu et al. 2023, arXiv 2305.14342, algorithms 2 and 3. What differs from the authors' code: N is the
-number of trained tokens of the very step, where theirs is a constant of the call (480 x 1024 where it is not
-said, which makes of rho something else); the estimate comes before the update as in the paper, so that no
-step moves along bare signs; and every token of the step takes part in it. h starts at zero and is not
-corrected for it, here as there: the first steps are clipped the more. Adapters' regularisers and the clipping
-of the gradient to a norm are no part of the estimate.
+number of trained tokens of the very step, where theirs is a constant of the call (480 x 1024 tokens in their
+pre-training; any other makes of rho something else); the estimate comes before the update as in the paper,
+so that the first steps do not all move along bare signs; and every token of the step takes part in it. h
+starts at zero and is not corrected for it, here as there: the first steps are clipped the more. What has no
+curvature at the first estimate, as LoRA's A while B is zero, moves along signs until the next. Adapters'
+regularisers and the clipping of the gradient to a norm are no part of the estimate.
 """
 
 from typing import Any
