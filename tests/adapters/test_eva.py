@@ -128,7 +128,7 @@ def test_what_is_kept_is_the_best_of_its_rank(
     cut = eva.cut(eva.scatter_of(x), keep)
     _, s, vh = np.linalg.svd(x.numpy() - x.numpy().mean(0), full_matrices=False)
     best = (vh[:keep].T * s[:keep] ** 2) @ vh[:keep]
-    assert (cut.rows.T @ cut.rows).numpy() == pytest.approx(best, abs=1e-9 if exact == 512 else 1e-5)
+    assert (cut.rows.T @ cut.rows).numpy() == pytest.approx(best, abs=1e-9 if exact == 512 else 5e-5)
     assert len(cut.rows) <= keep
 
 
