@@ -65,11 +65,11 @@ def _modules(adapter: Adapter, trained: Sequence[Trained]) -> list[dict[str, Any
 
 
 def _with_sharers(counts: dict[str, int], adapted: Sequence[str]) -> dict[str, int]:
-    """`counts` with a zero, in the model's order, for layers whose parameters are counted with another's."""
+    """`counts` with a zero, in the model's order, for layers without parameters or counted with another."""
     order = list(counts)
-    for before, name in pairwise(adapted):
+    for before, name in pairwise(["", *adapted]):
         if name not in counts:
-            order.insert(order.index(before) + 1, name)
+            order.insert(order.index(before) + 1 if before else 0, name)
     return {name: counts.get(name, 0) for name in order}
 
 

@@ -561,6 +561,30 @@ def test_a_run_tells_what_was_decided(recipe: Any, cli: Any, tmp_path: Path) -> 
     assert cli("merge", tmp_path / "run", "--output", tmp_path / "merged")[0] == 0
 
 
+def test_a_run_whose_first_layer_gets_nothing(
+    with_empty_layers: None, recipe: Any, cli: Any, tmp_path: Path
+) -> None:
+    """It is told in its place, continued, and read again."""
+    run, path = tmp_path / "run", recipe()
+    with killed_at(5):
+        cli("train", path)
+    code, _, err = cli("train", path, "--resume", "auto")
+    assert code == 0, err
+    modules = json.loads((run / "params.json").read_text())["modules"]
+    assert [m["rank"] for m in modules] == [i % 4 for i in range(14)]
+    assert [m["trainable"] for m in modules] == [m["rank"] * (m["in"] + m["out"]) for m in modules]
+    assert modules[0]["name"] == "model.layers.0.self_attn.q_proj"
+    assert "| model.layers.0.self_attn.q_proj | 64 | 64 | 0 | 4 | 0 |" in (run / "params.md").read_text()
+    code, out, err = cli("eval", run, "--json")
+    assert code == 0, err
+    best = json.loads((run / "run.json").read_text())["best_loss"]
+    assert json.loads(out)["adapter"]["loss"] == pytest.approx(best, rel=1e-5)
+    code, _, err = cli("merge", run, "--output", tmp_path / "merged")
+    assert code == 0, err
+    code, _, err = cli("inspect", run)
+    assert code == 0, err
+
+
 def test_the_layout_of_rows_and_the_fast_paths_change_no_decision(
     recipe: Any, cli: Any, tmp_path: Path
 ) -> None:
