@@ -17,6 +17,7 @@ from lorakit.adapter_file import AdapterFile, kind_of, read
 from lorakit.errors import LorakitError, RecipeError
 from lorakit.plan import check_kind_of_start, check_start, choose_targets
 from lorakit.recipe import Recipe, default_recipe, is_hub_id, load_recipe
+from lorakit.recipe.inits import highest_rank
 from lorakit.recipe.model import Model
 from lorakit.recipe.traits import TRAITS, init_of, is_exported, num_pairs
 from lorakit.shapes import Shapes
@@ -111,7 +112,7 @@ def _of_recipe(recipe: Recipe, remark: str = "") -> Count:
     if decided := TRAITS[section.method].data_decide or init_of(section).data_decide:
         about.append(("counted", decided))
     if size := _shipped_bytes(section, entries):
-        most = "at most " if section.method == "adalora" else ""
+        most = "at most " if section.method == "adalora" or init_of(section).data_decide else ""
         about.append(("ships", f"as plain LoRA, {most}{_bytes(size)} in fp32: A and B of every layer"))
     if not full and (left := set(shapes.experts) - {entry["name"] for entry in entries}):
         about.append(("experts", f"{len(left)} 3-D expert weights are not adapted"))
@@ -124,10 +125,18 @@ def _shipped_bytes(section: Any, entries: Sequence[Entry]) -> int:
     rank where the method is exported; else 0."""
     if not is_exported(section) and section.method != "lora-fa":
         return 0
-    largest = max(entry["rank"] for entry in entries) if is_exported(section) else 0
+    largest = max(_highest(section, entry) for entry in entries) if is_exported(section) else 0
     factors: int = sum((largest or e["rank"]) * (e["in"] + e["out"]) for e in entries if e["rank"])
     whole: int = sum(entry["trainable"] for entry in entries if not entry["rank"])
     return 4 * (num_pairs(section) * factors + whole)
+
+
+def _highest(section: Any, entry: Entry) -> int:
+    """The rank of a layer, or the highest that the data may give it."""
+    rank: int = entry["rank"]
+    if "rank_spread" not in init_of(section).fields:
+        return rank
+    return highest_rank(rank, section.rank_spread, entry["in"], entry["out"])
 
 
 def _of_base_weights(recipe: Recipe, shapes: Shapes) -> list[Entry]:

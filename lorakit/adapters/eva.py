@@ -21,7 +21,6 @@ A is (rank, in), B is (out, rank); I: in.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from typing import Any
 
 import torch
@@ -30,7 +29,6 @@ from torch import Tensor
 from lorakit.adapters import Probe
 from lorakit.adapters.inputs import see_inputs
 from lorakit.adapters.pairs import factors
-from lorakit.targets import Target
 
 EXACT = 512  # of a matrix whose smaller side is at most this, all singular values are computed
 NOTHING = 1e-6  # of the largest singular value; below it is what fp32 rounds
@@ -123,12 +121,6 @@ def strongest(scatter: Scatter | None, inside: int, number: int) -> tuple[Tensor
     directions = torch.linalg.qr(torch.cat([found, drawn]).mT).Q.mT
     largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
     return torch.cat([shares, shares.new_zeros(missing)]), directions * largest.sign()
-
-
-def highest_rank(target: Target, spread: float) -> int:
-    """That a layer may get."""
-    layer = target.layer
-    return min(int(Fraction(repr(spread)) * target.rank), layer.in_features, layer.out_features)
 
 
 def redistributed(shares: Sequence[Sequence[float]], budget: int) -> list[int]:

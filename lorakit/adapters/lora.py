@@ -42,6 +42,7 @@ from lorakit.adapters import Adapter, Probe, Role, Trained, base_alone, copy_int
 from lorakit.adapters.lora_files import PREFIX, config_as_json, lora_config, write_adapter, write_plain
 from lorakit.adapters.pairs import NAME, activate, add_frozen, base_matrix, factors, resize
 from lorakit.errors import LorakitError
+from lorakit.recipe.inits import highest_rank
 from lorakit.recipe.methods import DeltaLora, Dora, Lora, LoraDrop, LoraFa
 from lorakit.recipe.traits import init_of
 from lorakit.targets import Target
@@ -175,7 +176,8 @@ class LoraAdapter(Adapter):
         """EVA (eva.py)."""
         layers, number = list(self.layers.values()), probe.draw(section.probe)
         asked = [target.rank for target in self.targets]
-        most = [eva.highest_rank(target, section.rank_spread) for target in self.targets]
+        sides = [(target.layer.in_features, target.layer.out_features) for target in self.targets]
+        most = [highest_rank(r, section.rank_spread, *s) for r, s in zip(asked, sides, strict=True)]
         found = eva.look(layers, most, probe)
         ranks = eva.redistributed([shares.tolist() for shares, _ in found], sum(asked))
         for layer, rank, (_, directions) in zip(layers, ranks, found, strict=True):

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 _TAKEN_AWAY = "what is taken away from W at the start would have to be seen by dropout too; write 0"
 _REST = "it gains by quantizing the rest of W, which no base on a disk is; write init: loftq"
@@ -94,3 +95,8 @@ INITS: dict[str, Init] = {
         starts_elsewhere=True,
     ),
 }
+
+
+def highest_rank(rank: int, spread: float, inside: int, outside: int) -> int:
+    """That EVA may give to a layer of `rank`, where no rank gets above `spread` times what it was."""
+    return min(int(Fraction(repr(spread)) * rank), inside, outside)

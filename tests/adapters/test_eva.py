@@ -20,8 +20,8 @@ from lorakit.errors import LorakitError
 from lorakit.kernels import lora
 from lorakit.layers import layers_of
 from lorakit.micro_batch import MicroBatch
+from lorakit.recipe.inits import highest_rank
 from lorakit.recipe.methods import Lora
-from lorakit.shapes import Layer
 from lorakit.targets import Target, select
 from tests import architectures
 from tests.conftest import Killed, killed_at, metrics
@@ -188,7 +188,7 @@ def test_c12_no_other_ranks_explain_more() -> None:
 )
 def test_the_highest_rank(rank: int, spread: float, sides: tuple[int, int], highest: int) -> None:
     """1.16 * 25 is 28.999... as a product of floats."""
-    assert eva.highest_rank(Target(Layer("m", "linear", *sides), rank, 1.0), spread) == highest
+    assert highest_rank(rank, spread, *sides) == highest
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -631,6 +631,8 @@ def test_the_count_says_what_the_data_decide(recipe: Any, cli: Any) -> None:
     code, out, err = cli("count-params", recipe())
     assert code == 0, err
     assert "EVA moves ranks from layer to layer, as the data decide" in out
+    sides = 2 * ((64 + 64) + 2 * (64 + 32) + (64 + 64) + 2 * (64 + 128) + (128 + 64))
+    assert f"at most {4 * 8 * sides / 1e3:,.1f} kB" in out  # one rank for all, of twice the four at most
 
 
 @pytest.mark.slow
