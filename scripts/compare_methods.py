@@ -25,6 +25,7 @@ import multiprocessing
 import os
 import platform
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -42,10 +43,18 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "toke
 
 
 def begin_worker(log: Path) -> None:
-    """One thread, and what lorakit says in a file."""
+    """One thread, what lorakit says in a file, and an end with the process that asks for cells."""
     import torch
 
     torch.set_num_threads(1)
+    parent = os.getppid()
+
+    def follow() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
     sys.stdout = sys.stderr = (log / f"said-{os.getpid()}.txt").open("a", buffering=1)
 
 

@@ -28,7 +28,7 @@ class Runs:
     """How long the cells are."""
 
     steps: int = 100
-    batch: int = 16
+    batch: int = 8
     warmup: int = 10
     early_steps: int = 20
     pairs: int = 512
