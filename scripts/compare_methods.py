@@ -120,6 +120,7 @@ def summary(results: Results, names: Sequence[str]) -> dict[str, Any]:
             "hypothesis": claim.hypothesis,
             "published": claim.published,
             "verdicts": [vars(verdict) for verdict in claim.judge(results)],
+            "afterwards": [vars(note) for note in claim.afterwards(results)],
             "sweeps": sweeps,
         }
     return found
@@ -159,7 +160,6 @@ def main() -> None:
     work = chosen.work.absolute()
     os.environ["LORAKIT_CACHE"] = str(work / "cache")
     sizes, runs = (made.QUICK, cells.QUICK) if chosen.quick else (made.BaseSize(), Runs())
-    began = time.time()
     work.mkdir(parents=True, exist_ok=True)
     with (
         (work / "base.txt").open("a") as said,
@@ -174,7 +174,6 @@ def main() -> None:
         "python": platform.python_version(),
         "versions": {package: version(package).partition("+")[0] for package in PACKAGES},
         "machine": f"{processor()}, {len(os.sched_getaffinity(0))} cores, {chosen.jobs} runs at a time",
-        "minutes": round((time.time() - began) / 60, 1),
         "cell_minutes": round(sum(result["seconds"] for result in results.cells.values()) / 60, 1),
         "seeds": chosen.seeds,
         "runs": vars(runs),

@@ -98,6 +98,11 @@ def best(sweep: Any, number: int, *losses: float, per_seed: tuple[int, ...] = ()
     return sweep.Best(number, losses, per_seed or (number,) * len(losses), (), False)
 
 
+def test_vertex_of_a_parabola(sweep: Any) -> None:
+    means = {number: 3 + 2 * (number - 1.3) ** 2 for number in (0, 1, 2, 3)}
+    assert sweep.vertex(means, 1) == pytest.approx(1.3) == sweep.vertex(means, 2)
+
+
 def test_figures_of_a_sweep(sweep: Any) -> None:
     one, other = best(sweep, 0, 1.0, 2.0, 3.0), best(sweep, 3, 1.5, 1.5, 4.5)
     assert one.mean == 2.0 and one.sd == 1.0 and one.lr == 1e-3
@@ -345,13 +350,15 @@ def tiny_result() -> dict[str, Any]:
         {"expected": "c", "found": "3", "held": False},
     ]
     sweeps = [sweep | {"kind": "task", "method": name} for name in ("lora", "full")]
-    claim = {"hypothesis": "h", "published": "p", "verdicts": verdicts, "sweeps": sweeps}
+    notes = [{"question": "q", "found": "4"}]
+    claim = {"hypothesis": "h", "published": "p", "verdicts": verdicts, "sweeps": sweeps, "afterwards": notes}
     return {"about": {}, "claims": {"R1": claim}, "cells": [{"a": 1}, {"b": [2, 3]}]}
 
 
 def test_table_has_an_expectation_per_row(script: Any) -> None:
     rows = script.told.table(tiny_result())
-    assert rows[2:] == ["| R1 | a \\| b | p | 1 < 2 | yes |", "|  | c |  | 3 | **no** |"]
+    after = "|  | *looked at afterwards:* q |  | 4 |  |"
+    assert rows[2:] == ["| R1 | a \\| b | p | 1 < 2 | yes |", "|  | c |  | 3 | **no** |", after]
     lines = list(script.told.lines(tiny_result()))
     assert "    NOT HELD  c" in lines and any("grid widened to [0.0046]" in line for line in lines)
 

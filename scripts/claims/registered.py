@@ -14,7 +14,7 @@ from typing import Any
 
 from claims.cells import Cell, Sections
 from claims.made import BaseSize
-from claims.sweep import Best, Losses, best, missing, pooled_sd, rate, wins
+from claims.sweep import Best, Losses, best, mean_losses, missing, pooled_sd, rate, vertex, wins
 
 # ------------------------------------------------------------------------------------------------------------
 # Methods
@@ -25,6 +25,7 @@ RANK = 16  # of LoRA on all linear layers, whose size R2's other contestants hav
 PAIR_RANK = 8  # of LoRA on two projections, whose size R5's other contestant has
 EARLY_RANKS = (1, 4, 16, 32)
 CAPACITY_RANKS = (1, 4, 16)
+EARLY_LOWER = (3, 6)  # places on the grid of rates, below LoRA's best: a tenth and a hundredth of it
 FIXED_ALPHA = 32.0  # R3; what alpha: auto is at rank 16
 
 
@@ -77,6 +78,14 @@ class Verdict:
     held: bool
 
 
+@dataclass(frozen=True)
+class Note:
+    """What was looked at when the verdicts were known. It says more of them, and changes none."""
+
+    question: str
+    found: str
+
+
 def told(found: Best) -> str:
     return f"{found.mean:.4f} ± {found.sd:.4f} at {found.lr:g}"
 
@@ -114,21 +123,34 @@ def lower(one: Best, other: Best, name: str, other_name: str) -> Verdict:
     )
 
 
-def judge_early(losses: Mapping[int, Sequence[Sequence[float]]]) -> Iterator[Verdict]:
-    """R3. `losses`: rank -> seeds -> steps. Without a fall of the loss nothing would be shown."""
+EarlyLosses = Mapping[int, Sequence[Sequence[float]]]  # rank -> seeds -> steps
+
+
+def early(losses: EarlyLosses) -> tuple[dict[int, float], float]:
+    """(rank -> most that its curve is apart from rank 16's, fall of rank 16's), both as shares of the loss;
+    curves are means over the seeds."""
     curves = {rank: [mean(step) for step in zip(*seeds, strict=True)] for rank, seeds in losses.items()}
-    reference = curves[RANK]
+    reference = curves.pop(RANK)
     apart = {
         rank: max(abs(a / b - 1) for a, b in zip(curve, reference, strict=True))
-        for rank, curve in curves.items()
-        if rank != RANK
+        for rank, curve in sorted(curves.items())
     }
-    fall = 1 - reference[-1] / reference[0]
+    return apart, 1 - reference[-1] / reference[0]
+
+
+def told_early(losses: EarlyLosses) -> str:
+    apart, fall = early(losses)
+    each = ", ".join(f"{value:.2%} (rank {rank})" for rank, value in apart.items())
+    return f"at most {each} apart; the loss fell by {fall:.0%}"
+
+
+def judge_early(losses: EarlyLosses) -> Iterator[Verdict]:
+    """R3. Without a fall of the loss nothing would be shown."""
+    apart, fall = early(losses)
     yield Verdict(
         "alpha fixed, the losses of the first 20 steps of ranks 4 and 32 are within 1 % of rank 16's, "
         "while the loss falls by more than 5 %",
-        f"at most {', '.join(f'{value:.2%} (rank {rank})' for rank, value in sorted(apart.items()))} apart; "
-        f"the loss fell by {fall:.0%}",
+        told_early(losses),
         all(value < 0.01 for rank, value in apart.items() if rank > 1) and fall > 0.05,
     )
 
@@ -247,20 +269,48 @@ CAPACITY = {rank: Sweep("pairs", f"rank {rank}", PAIR_RATES) for rank in CAPACIT
 FORMATS = ("none", "nf4", "fp4", "int4")
 
 
-def early_cells(results: Results) -> list[Cell]:
-    """At LoRA's best rate, which must be known."""
+def early_cells(results: Results, number: int) -> dict[int, list[Cell]]:
+    """Rank -> the cells of all seeds at a rate."""
+    return {rank: [Cell("early", f"rank {rank}", number, s) for s in results.seeds] for rank in EARLY_RANKS}
+
+
+def early_losses(results: Results, number: int) -> dict[int, list[Any]]:
+    found = early_cells(results, number)
+    return {rank: [results.cells[cell]["losses"] for cell in cells] for rank, cells in found.items()}
+
+
+def early_needed(results: Results) -> list[Cell]:
+    """At LoRA's best rate, and at those that were looked at afterwards, once it is known."""
     if results.missing(LORA):
         return []
-    number = results.best(LORA).number
-    return [Cell("early", f"rank {rank}", number, seed) for rank in EARLY_RANKS for seed in results.seeds]
+    best = results.best(LORA).number
+    numbers = (best, *(best - lower for lower in EARLY_LOWER))
+    return [cell for n in numbers for cells in early_cells(results, n).values() for cell in cells]
+
+
+def afterwards_rates(results: Results) -> Iterator[Note]:
+    """R1: the minima are flat, and the grid is coarse."""
+    if results.best(LORA).at_edge or results.best(FULL).at_edge:
+        return
+    lowest = [
+        vertex(mean_losses(results.losses(sweep), results.seeds), results.best(sweep).number)
+        for sweep in (LORA, FULL)
+    ]
+    ratio = 10 ** ((lowest[0] - lowest[1]) / 3)
+    yield Note("the same of the lowest points of parabolas through the best three rates", f"x {ratio:.3g}")
+
+
+def afterwards_ranks(results: Results) -> Iterator[Note]:
+    """R3: the rate that is best for a run with a warm-up may be too high for its first steps without one."""
+    best = results.best(LORA).number
+    for lower in EARLY_LOWER:
+        found = told_early(early_losses(results, best - lower))
+        yield Note(f"the first 20 steps at a rate of {rate(best - lower):g}", found)
 
 
 def judge_ranks(results: Results) -> Iterator[Verdict]:
     """R3."""
-    cells: dict[int, list[Any]] = {rank: [] for rank in EARLY_RANKS}
-    for cell in early_cells(results):
-        cells[int(cell.method.split()[1])].append(results.cells[cell]["losses"])
-    yield from judge_early(cells)
+    yield from judge_early(early_losses(results, results.best(LORA).number))
     counted = {}
     for rank, sweep in CAPACITY.items():
         number = results.best(sweep).number
@@ -282,6 +332,7 @@ class Claim:
     sweeps: tuple[Sweep, ...]
     judge: Callable[[Results], Iterator[Verdict]]
     more: Callable[[Results], list[Cell]] = lambda results: []
+    afterwards: Callable[[Results], Iterator[Note]] = lambda results: iter(())
 
 
 CLAIMS = {
@@ -290,6 +341,7 @@ CLAIMS = {
         "about 10, 15 in short runs (LoRA Without Regret)",
         (LORA, FULL),
         lambda results: judge_rates(results.best(LORA), results.best(FULL)),
+        afterwards=afterwards_rates,
     ),
     "R2": Claim(
         "of the same number of trained parameters, where they sit decides, and the MLP is the better place",
@@ -302,7 +354,8 @@ CLAIMS = {
         "curves of all ranks coincide until one runs out (LoRA Without Regret)",
         (LORA, *CAPACITY.values()),
         judge_ranks,
-        early_cells,
+        early_needed,
+        afterwards_ranks,
     ),
     "R5": Claim(
         "adapting Wq and Wk is the worst use of a budget",

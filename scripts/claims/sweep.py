@@ -93,6 +93,13 @@ def best(losses: Losses, first: Sequence[int], seeds: Sequence[int]) -> Best:
     )
 
 
+def vertex(means: Mapping[int, float], number: int) -> float:
+    """Where the parabola through the means at `number` and its two neighbours is lowest: a place on the grid
+    of rates, between its numbers."""
+    left, middle, right = (means[number + step] for step in (-1, 0, 1))
+    return number + (left - right) / (2 * (left - 2 * middle + right))
+
+
 def pooled_sd(one: Best, other: Best) -> float:
     """Root of the mean of two variances over the same number of seeds."""
     return math.sqrt((one.sd**2 + other.sd**2) / 2)

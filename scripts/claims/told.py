@@ -3,7 +3,7 @@ for `bring`."""
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
@@ -29,8 +29,15 @@ def table(result: Found) -> list[str]:
             first = (name, claim["published"]) if index == 0 else ("", "")
             held = "yes" if verdict["held"] else "**no**"
             cells = [first[0], verdict["expected"], first[1], verdict["found"], held]
-            rows.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+            rows.append(row(cells))
+        for note in claim["afterwards"]:
+            rows.append(row(["", f"*looked at afterwards:* {note['question']}", "", note["found"], ""]))
     return rows
+
+
+def row(cells: Sequence[str]) -> str:
+    escaped = (cell.replace("|", "\\|") for cell in cells)
+    return f"| {' | '.join(escaped)} |"
 
 
 def lines(result: Found) -> Iterator[str]:
@@ -40,6 +47,8 @@ def lines(result: Found) -> Iterator[str]:
         for verdict in claim["verdicts"]:
             yield f"    {'held    ' if verdict['held'] else 'NOT HELD'}  {verdict['expected']}"
             yield f"              {verdict['found']}"
+        for note in claim["afterwards"]:
+            yield f"    afterwards  {note['question']}: {note['found']}"
         for sweep in claim["sweeps"]:
             edge = ", at the edge of the grid" if sweep["at_edge"] else ""
             widened = f", grid widened to {sweep['widened_to']}" if sweep["widened_to"] else ""
