@@ -120,7 +120,7 @@ def picture(result: Found) -> str:
             f'<text class="lora" x="{WIDTH - 190}" y="26">LoRA, rank 16</text>',
             f'<text class="full" x="{WIDTH - 90}" y="26">full</text>',
             *drawn,
-            f'<text class="x" x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 10}">learning rate</text>',
+            f'<text x="16" y="{HEIGHT - 10}">learning rate; losses above {high:.2f} at the upper edge</text>',
             "</svg>\n",
         ]
     )
