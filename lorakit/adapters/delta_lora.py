@@ -12,7 +12,7 @@ theirs are those of the larger scale divided by 1 + lambda. That is the paper's 
 base too, without rounding small changes to bf16, and with an adapter that is saved by itself: it is a LoRA of
 rank 2r at most,
 
-    A' = [A; A_K],    B' = s [(1 + lambda) B, -lambda B_K].
+    A' = [A; A - A_K],    B' = s [(1 + lambda) B - lambda B_K, lambda B_K].
 
 What it is worth: with K = 0, where B A is zero, this is LoRA with the scale (1 + lambda) s but for the
 division of the gradients, which Adam does not see. So Delta-LoRA is then LoRA with (1 + lambda) times the
@@ -34,7 +34,7 @@ from torch import Tensor
 from lorakit.adapters import Adapter, Role, Trained, copy_into
 from lorakit.adapters.lora import LoraAdapter
 from lorakit.adapters.lora_files import write_plain
-from lorakit.adapters.pairs import NAME, activate, add_frozen, factors
+from lorakit.adapters.pairs import NAME, activate, add_frozen, as_one, factors
 from lorakit.recipe.methods import DeltaLora, first_step
 from lorakit.targets import Target
 
@@ -106,14 +106,8 @@ class DeltaLoraAdapter(Adapter):
 
     def write(self, folder: Path, base_name: str) -> None:
         """Plain LoRA, exactly: of rank 2r, or r where W does not follow yet or did from the start."""
-        found = {}
-        for name, layer in self.layers.items():
-            a, b = (factor.detach() for factor in factors(layer))
-            b = layer.scaling[NAME] * b
-            if self.following and self.start:
-                a_before, b_before = (factor.detach() for factor in factors(layer, _BEFORE))
-                a, b = torch.cat([a, a_before]), torch.cat([b, layer.scaling[_BEFORE] * b_before], dim=1)
-            found[name] = a, b
+        before = _BEFORE if self.following and self.start else None
+        found = {name: as_one(layer, before) for name, layer in self.layers.items()}
         write_plain(folder, self, found, self.train_also, base_name)
 
     def _activate(self) -> None:

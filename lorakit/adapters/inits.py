@@ -6,10 +6,12 @@ take it away from W: a layer computes
     y = (W - scale * B_0 A_0) x + scale * B A x,
 
 so that step 0 is the base but for rounding. The papers write W - scale * B_0 A_0 into the base. Here W stays
-as it is, and A_0, B_0 are a second adapter that is frozen and subtracted (pairs.py): nothing is rounded to
-the base's dtype, the base on the disk is the one that was trained on, and what is shipped is a plain LoRA on
-it, of rank 2r: A' = [A; A_0], B' = scale * [B, -B_0]. It is read alike everywhere, because nobody has to
-decompose W again: PEFT does when it loads its own, and `pissa_niter_*` draws other random numbers then.
+as it is, and A_0, B_0 are a second adapter that is frozen and subtracted (pairs.py): W keeps its
+bits, the base on the disk is the one that was trained on, and what is shipped is a plain LoRA on it, of rank
+2r: A' = [A; A - A_0], B' = scale * [B - B_0, B_0], a form that 16 bits round little (kernels/lora.py:
+difference). Nobody has to decompose W again: PEFT does when it loads its own, and `pissa_niter_*` draws other
+random numbers then. PEFT's forward, which computes where fast paths are off, subtracts two products, each
+rounded by itself.
 
 LoftQ starts at what quantization took from the weight, W - Q, and nothing is taken away: the weights of step
 0 are nearer to the unquantized ones than Q is. Little nearer at small ranks, because what NF4 takes is noise

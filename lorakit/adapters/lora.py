@@ -40,7 +40,7 @@ from torch import Tensor
 
 from lorakit.adapters import Adapter, Probe, Role, Trained, base_alone, copy_into, eva, inits
 from lorakit.adapters.lora_files import PREFIX, config_as_json, lora_config, write_adapter, write_plain
-from lorakit.adapters.pairs import NAME, activate, add_frozen, base_matrix, factors, resize
+from lorakit.adapters.pairs import NAME, activate, add_frozen, as_one, base_matrix, factors, resize
 from lorakit.errors import LorakitError
 from lorakit.recipe.inits import highest_rank
 from lorakit.recipe.methods import DeltaLora, Dora, Lora, LoraDrop, LoraFa
@@ -238,12 +238,8 @@ class LoraAdapter(Adapter):
         if not self.init.exported:
             write_adapter(folder, self.config(base_name), self.state())
             return
-        names = (NAME, _START)[: self.init.pairs]
-        found = {}
-        for name, layer in self.layers.items():
-            pairs = [(layer.scaling[each], *factors(layer, each)) for each in names]
-            a = torch.cat([a.detach() for _, a, _ in pairs])
-            found[name] = a, torch.cat([scale * b.detach() for scale, _, b in pairs], dim=1)
+        taken_away = _START if self.init.pairs == 2 else None
+        found = {name: as_one(layer, taken_away) for name, layer in self.layers.items()}
         write_plain(folder, self, found, self.train_also, base_name)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lorakit.kernels.lora import difference
 from lorakit.layers import matrix_of
 
 NAME = "default"  # the adapter that is trained
@@ -33,6 +34,15 @@ def add_frozen(layer: Any, name: str, scale: float) -> None:
     for modules, weight in zip((layer.lora_A, layer.lora_B), frozen, strict=True):
         modules[name] = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         modules[name].weight = weight
+
+
+@torch.no_grad()
+def as_one(layer: Any, taken_away: str | None = None) -> tuple[Tensor, Tensor]:
+    """(A', B') of one adapter of scale 1 that is what is trained, less the frozen adapter `taken_away`."""
+    (a, b), scale = factors(layer), layer.scaling[NAME]
+    if taken_away is None:
+        return a, scale * b
+    return difference((a, b), factors(layer, taken_away), scale, -layer.scaling[taken_away])
 
 
 def activate(layer: Any, *frozen: str) -> None:

@@ -26,6 +26,8 @@ from transformers.pytorch_utils import Conv1D
 
 from lorakit.kernels import dora
 
+Pair = tuple[Tensor, Tensor]  # A, B
+
 NAME = "default"  # of the adapter, as PEFT calls one that has no other name
 
 # By name: the 4-bit classes exist only once bitsandbytes is imported, which takes seconds.
@@ -85,9 +87,12 @@ def dense(base: nn.Module, dtype: torch.dtype | None) -> Tensor:
 
 def factors(layer: Any) -> tuple[Tensor, Tensor, float]:
     """(A (R, I), B (O, R), scale): the update is scale * B A. AdaLoRA's singular values go into A; several
-    adapters stand one below the other."""
+    adapters stand one below the other, and one that is taken away from another is subtracted first."""
     if len(layer.active_adapters) > 1:
         names = layer.active_adapters
+        if len(names) == 2 and layer.scaling[names[1]] < 0:
+            now, before = ((layer.lora_A[name].weight, layer.lora_B[name].weight) for name in names)
+            return *difference(now, before, layer.scaling[names[0]], -layer.scaling[names[1]]), 1.0
         wide = torch.cat([layer.lora_B[name].weight * layer.scaling[name] for name in names], dim=1)
         return torch.cat([layer.lora_A[name].weight for name in names]), wide, 1.0
     a, b = layer.lora_A[NAME], layer.lora_B[NAME]
@@ -95,6 +100,21 @@ def factors(layer: Any) -> tuple[Tensor, Tensor, float]:
         # As tensors: to read the divisor would make a GPU wait.
         return a * (layer.lora_E[NAME] * (layer.scaling[NAME] / (layer.ranknum[NAME] + 1e-5))), b, 1.0
     return a.weight, b.weight, layer.scaling[NAME]
+
+
+def difference(now: Pair, before: Pair, scale: float, taken: float) -> Pair:
+    """(A' (2R, I), B' (O, 2R)) with B' A' = scale * B A - taken * B_0 A_0, for pairs (A, B) and (A_0, B_0):
+
+        A' = [A; A - A_0],    B' = [scale * B - taken * B_0, taken * B_0].
+
+    What differs is subtracted before anything is rounded. As A' = [A; A_0] each of the two products would be
+    rounded by itself: in bf16 by more than a small difference between them.
+    """
+    (a, b), (a_before, b_before) = now, before
+    return (
+        torch.cat([a, a - a_before]),
+        torch.cat([scale * b - taken * b_before, taken * b_before], dim=1),
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -341,3 +341,28 @@ def test_dropout_of_one_member_alone() -> None:
     model, group = parallel(dropout=0.3)
     group.layers[1].lora_dropout["default"].eval()
     compare(model, group, tokens(6))
+
+
+@pytest.mark.parametrize(("scale", "taken"), [(2.0, 2.0), (1.5, 0.5)])
+def test_what_is_taken_away_is_subtracted_before_it_is_rounded(scale: float, taken: float) -> None:
+    """The product is that of the two pairs in fp64; in bf16 it is as near as one product is, where that of
+    [A; A_0] and [scale B, -taken B_0] is off by what the two have in common."""
+    draw = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=draw, dtype=torch.float64)
+
+    a_before, b_before = drawn(4, 24), drawn(16, 4)
+    a, b = a_before + 1e-3 * drawn(4, 24), b_before + 1e-3 * drawn(16, 4)
+    wanted = scale * b @ a - taken * b_before @ a_before
+    wide, tall = lora.difference((a, b), (a_before, b_before), scale, taken)
+    assert torch.allclose(tall @ wide, wanted, rtol=0, atol=1e-14)
+
+    def off(tall: Tensor, wide: Tensor) -> float:
+        rounded = tall.bfloat16().double() @ wide.bfloat16().double()
+        return float((rounded - wanted).norm() / wanted.norm())
+
+    apart = off(torch.cat([scale * b, -taken * b_before], dim=1), torch.cat([a, a_before]))
+    assert off(tall, wide) < 0.005
+    if scale == taken:
+        assert apart > 0.5
