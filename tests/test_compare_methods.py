@@ -179,7 +179,12 @@ def test_r6_rounding_asks_for_two_standard_errors(registered: Any) -> None:
     def rows(*totals: float) -> dict[str, list[list[float]]]:
         return {part: [[total, 10] for total in totals] for part in ("text", "task")}
 
-    formats = {"none": rows(20, 20), "nf4": rows(21, 21), "fp4": rows(23, 23.5), "int4": rows(21.2, 21)}
+    formats = {
+        "none": rows(20, 20),
+        "nf4": rows(21, 21),
+        "fp4": rows(23, 23.5),
+        "int4": rows(21.28, 21.08),
+    }  # 1.8 of them
     assert held(registered.judge_rounding(formats)) == [True, False]
 
 
@@ -231,6 +236,14 @@ def test_no_prompt_is_trained_and_held_out(script: Any, tmp_path: Path) -> None:
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in held_out}
     short = [row for part in script.made.task_rows(file, 20) for row in part]
     assert len(short) == 10  # "name[0], x = it is 0" has 20 characters: one digit each
+
+
+def test_a_folder_of_another_base_is_not_taken_over(script: Any, tmp_path: Path) -> None:
+    for name in ("text.txt", "task.csv"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "base.json").write_text(json.dumps({"sources": ["another"], "size": {}, "hash": "h"}))
+    with pytest.raises(SystemExit, match="other files or sizes"):
+        script.made.make([tmp_path / "text.txt"], tmp_path / "task.csv", tmp_path, script.made.BaseSize())
 
 
 def test_text_is_cut_at_ends_of_lines(script: Any, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def lines(result: Found) -> Iterator[str]:
 # ------------------------------------------------------------------------------------------------------------
 # Picture
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 340, 62, 16, 48, 48
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 340, 62, 28, 48, 48
 STYLE = """\
 text { font: 12px system-ui, sans-serif; fill: #1f2328 }
 .title { font-weight: 600; font-size: 14px }
