@@ -75,6 +75,12 @@ def test_a_best_rate_at_the_edge_widens_the_grid(sweep: Any) -> None:
         assert not found.at_edge
 
 
+def test_the_first_seed_widens_the_grid_alone(sweep: Any) -> None:
+    losses = swept(sweep, (-2, -1, 0, 1, 2), whole=False, lowest=5.1)
+    assert {number for number, seed in losses if seed == 0} == set(range(-2, 7))
+    assert {number for number, seed in losses if seed > 0} == {4, 5, 6}
+
+
 def test_a_grid_grows_no_further_than_five_rates_and_says_so(sweep: Any) -> None:
     found = sweep.best(swept(sweep, (0, 1, 2), False, lowest=40.0), (0, 1, 2), range(3))
     assert found.number == 7 and found.at_edge
