@@ -296,7 +296,11 @@ def _of_run(folder: Path) -> Count:
     params = model_files.read_json(folder / "params.json")
     if missing := {"total", "trainable", "trainable_percent", "adapter_bytes", "modules"} - params.keys():
         raise LorakitError(f"{folder / 'params.json'}: {sorted(missing)[0]} is missing")
-    return Count(params, (("run", f"{folder}: counted by the run itself"),))
+    about = [("run", f"{folder}: counted by the run itself")]
+    shipped = folder / "adapter" / "adapter_model.safetensors"
+    if shipped.is_file():
+        about.append(("ships", f"{_bytes(shipped.stat().st_size)} in adapter/"))
+    return Count(params, tuple(about))
 
 
 # ------------------------------------------------------------------------------------------------------------

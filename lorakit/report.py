@@ -160,14 +160,43 @@ def model_card(recipe: Recipe, plan: Plan, params: dict[str, Any], scores: dict[
         *(f"| {key} | {value} |" for key, value in facts.items() if value is not None),
     ]
     place = "path/to/this/folder" if full else "path/to/the/base/model" if path.startswith("/") else name
-    load = [f"model = AutoModelForCausalLM.from_pretrained({json.dumps(place)})"]
-    if not full:
-        load += ['model = PeftModel.from_pretrained(model, "path/to/this/folder")']
-    imports = ["from transformers import AutoModelForCausalLM"]
-    imports = imports if full else ["from peft import PeftModel", *imports]
     title = f"# {'A model trained from' if full else 'An adapter for'} {_code(name)}"
-    use = ["## Use", "", "```python", *imports, "", *load, "```"]
+    use = ["## Use", "", "```python", *_loading(recipe, place), "```"]
     return "\n".join([*front, title, "", *table, "", *use]) + "\n"
+
+
+def _loading(recipe: Recipe, place: str) -> list[str]:
+    """The lines of Python that load what was trained, on a base that is held as it was then."""
+    model = recipe.model
+    if recipe.adapter.method == "full":
+        return [
+            "from transformers import AutoModelForCausalLM",
+            "",
+            f"model = AutoModelForCausalLM.from_pretrained({json.dumps(place)})",
+        ]
+    imports, held = ["from peft import PeftModel", "from transformers import AutoModelForCausalLM"], []
+    options = json.dumps(place)
+    if model.quantize != "none":
+        imports[1] += ", BitsAndBytesConfig"
+        options += ", quantization_config=held"
+        held = ["held = BitsAndBytesConfig(load_in_8bit=True)"]
+    if model.quantize in ("nf4", "fp4"):
+        dtype = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[model.compute_dtype]
+        held = [
+            "held = BitsAndBytesConfig(",
+            "    load_in_4bit=True,",
+            f'    bnb_4bit_quant_type="{model.quantize}",',
+            f"    bnb_4bit_use_double_quant={model.double_quant},",
+            f'    bnb_4bit_compute_dtype="{dtype}",',
+            ")",
+        ]
+    return [
+        *imports,
+        "",
+        *held,
+        f"model = AutoModelForCausalLM.from_pretrained({options})",
+        'model = PeftModel.from_pretrained(model, "path/to/this/folder")',
+    ]
 
 
 def _code(text: str) -> str:

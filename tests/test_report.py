@@ -4,10 +4,13 @@ import json
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from lorakit import report
+from lorakit.saved import find, open_saved
 
 
 def commands(text: str) -> list[list[str]]:
@@ -70,3 +73,29 @@ def test_the_summary_calls_a_bad_end_one(
     lines = report.summary(tmp_path).splitlines()
     assert any(line.endswith(told[0]) for line in lines)
     assert any("worse than" in line for line in lines) == (len(told) == 2)
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4", "int8"])
+def test_the_python_of_the_model_card_loads_what_was_trained(
+    quantize: str, write_recipe, cli, tiny: Path, tmp_path: Path
+) -> None:
+    """Its lines, run as they stand but for the two places: the adapter on the base as it was held."""
+    held = {"quantize": quantize} | ({"compute_dtype": "fp32"} if quantize == "nf4" else {})
+    recipe = write_recipe(
+        model={"path": str(tiny / "model"), **held},
+        training={"max_steps": 2, "batch_size": 2, "precision": "fp32"},
+    )
+    code, _, err = cli("train", recipe)
+    assert code == 0, err
+    adapter = tmp_path / "run" / "adapter"
+    card = (adapter / "README.md").read_text().replace("path/to/this/folder", str(adapter))
+    lines = (
+        card.replace("path/to/the/base/model", str(tiny / "model")).split("```python\n")[1].split("```")[0]
+    )
+    names: dict[str, Any] = {}
+    exec(lines, names)
+    ours = open_saved(find(adapter), None, torch.device("cpu")).base.model
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():  # in eval mode bitsandbytes multiplies by a faster, coarser way on some CPUs
+        found, wanted = (model.train()(ids).logits.float() for model in (names["model"], ours))
+    assert (found - wanted).abs().max() <= 1e-4 * wanted.abs().max()
