@@ -280,3 +280,9 @@ def conflicts(recipe: Any, written: Written) -> Conflicts:
             " (A A^T)^-1: write projected: false, or another optimizer"
         )
         yield "optimizer.name", message
+    if section.name == "sophia" and adapter.method == "delta-lora":
+        message = (
+            "Sophia divides a gradient by its curvature; Delta-LoRA divides gradients by 1 + delta_ratio, and"
+            " not what the curvature is estimated from: write another optimizer, or lora with a larger alpha"
+        )
+        yield "optimizer.name", message
