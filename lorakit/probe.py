@@ -22,6 +22,7 @@ from lorakit.loop import TrainState
 from lorakit.micro_batch import MicroBatch
 from lorakit.prepare import Prepared
 from lorakit.recipe import Recipe
+from lorakit.recipe.section import share_of
 from lorakit.terminal import progress, say, track
 
 _NEVER = 1 << 30  # steps; the loop does everything after the last one all the same
@@ -33,7 +34,7 @@ def draw_samples(parts: tuple[Part, ...], share: float, seed: int) -> list[int]:
     Raises: ValueError when an epoch has fewer.
     """
     pool = order(parts, seed, 0)
-    number = share if isinstance(share, int) else max(1, round(share * len(pool)))
+    number = share if isinstance(share, int) else max(1, round(share_of(share, len(pool))))
     if number > len(pool):
         raise ValueError(f"{number} samples, but an epoch has {len(pool)}")
     picked: list[int] = np.random.Generator(np.random.PCG64([seed, 0, 3])).permutation(pool)[:number].tolist()

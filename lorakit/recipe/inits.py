@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from fractions import Fraction
+
+from lorakit.recipe.section import share_of
 
 _TAKEN_AWAY = "what is taken away from W at the start would have to be seen by dropout too; write 0"
 _REST = "it gains by quantizing the rest of W, which no base on a disk is; write init: loftq"
@@ -99,4 +100,4 @@ INITS: dict[str, Init] = {
 
 def highest_rank(rank: int, spread: float, inside: int, outside: int) -> int:
     """That EVA may give to a layer of `rank`, where no rank gets above `spread` times what it was."""
-    return min(int(Fraction(repr(spread)) * rank), inside, outside)
+    return min(int(share_of(spread, rank)), inside, outside)

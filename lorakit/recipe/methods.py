@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from lorakit.recipe.section import Section
+from lorakit.recipe.section import Section, share_of
 
 Rank = Annotated[int, Field(ge=1, le=65536)]
 Pattern = Annotated[str, Field(min_length=1)]
@@ -203,7 +203,7 @@ def auto_alpha(section: Any) -> tuple[float, str]:
 
 def phases(total_steps: int, warmup: float, final: float) -> tuple[int, int]:
     """(steps of AdaLoRA's warm-up, first step count at which the ranks are settled)."""
-    return round(warmup * total_steps), total_steps - round(final * total_steps)
+    return round(share_of(warmup, total_steps)), total_steps - round(share_of(final, total_steps))
 
 
 class Vera(_Layers):
@@ -244,7 +244,7 @@ class DeltaLora(_Factors):
 def first_step(total_steps: int, start: float) -> int:
     """K of Delta-LoRA: steps before W begins to follow. `start`: below 1 a share of `total_steps`, from 1 a
     number of steps."""
-    return start if isinstance(start, int) else round(start * total_steps)
+    return start if isinstance(start, int) else round(share_of(start, total_steps))
 
 
 class LoraDrop(_Product):

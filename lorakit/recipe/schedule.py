@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from lorakit.recipe.section import Conflicts, Section, Tagged, Written
+from lorakit.recipe.section import Conflicts, Section, Tagged, Written, share_of
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 Steps = Share | Annotated[int, Field(ge=0)]  # below 1 a share of the steps of the run, from 1 so many
@@ -109,13 +109,13 @@ SCHEDULES: dict[str, ScheduleTraits] = {
     "inverse-sqrt": ScheduleTraits(
         InverseSqrt,
         "√(w / t)",
-        "for runs whose end is not known: the same whatever T; still high at the end of a short run",
+        "for runs whose end is not known: the same whatever T, with a warm-up in steps; ends high",
         "arXiv 1706.03762",
     ),
     "wsd": ScheduleTraits(
         Wsd,
         "1, then f + (1 - f) (T - t) / d over the last d steps",
-        "any step of the stable part can be continued, or ended with a decay; its papers: as good as cosine",
+        "the peak for most of the run, then a short fall; its papers: as good as cosine",
         "arXiv 2404.06395",
     ),
 }
@@ -130,9 +130,9 @@ def phases(section: Any, total_steps: int) -> tuple[int, int]:
     """(steps of the warm-up, steps of the decay at the end) of a run of `total_steps`. A share of the steps
     is rounded up for the warm-up and down for the decay, which takes no more than is left."""
     warmup, decay = section.warmup, getattr(section, "decay", 0)
-    rise = warmup if isinstance(warmup, int) else math.ceil(warmup * total_steps)
+    rise = warmup if isinstance(warmup, int) else math.ceil(share_of(warmup, total_steps))
     left = max(0, total_steps - rise)
-    return rise, decay if isinstance(decay, int) else min(left, math.floor(decay * total_steps))
+    return rise, decay if isinstance(decay, int) else min(left, math.floor(share_of(decay, total_steps)))
 
 
 def too_few_steps(section: Any, total_steps: int, said: str = "") -> Conflicts:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import reduce
 from operator import or_
 from typing import Annotated, Any
@@ -36,6 +37,11 @@ class Tagged:
         """The type of the section in a recipe."""
         types = (Annotated[section, Tag(name)] for name, section in self.types.items())
         return Annotated[reduce(or_, types), Discriminator(self.tag)]
+
+
+def share_of(share: float, whole: int) -> Fraction:
+    """share * whole of the decimal that was written: as floats 0.07 * 100 is above 7, 0.29 * 100 below 29."""
+    return Fraction(repr(share)) * whole
 
 
 # A conflict rule yields (field, message). It is given the recipe and `written(field)`: whether the user wrote

@@ -82,6 +82,8 @@ def settle(adapter: AdaLoraAdapter, steps: int = 20) -> None:
 def test_the_budgets_are_those_of_the_released_code() -> None:
     """Six layers, rank 6 to 2, 20 steps, 2 of warm-up and 5 at the end."""
     assert phases(20, 0.1, 0.25) == (2, 15)
+    assert phases(100, 0.575, 0.0) == (58, 100)  # the even one; as floats the product is below 57.5
+    assert phases(100, 0.0, 0.575) == (0, 42)
     expected = [36, 36, 36, 30, 26, 22, 19, 17, 15, 14, 13, 12, 12, 12, 12, 12, 12, 12, 12, 12, 12]
     assert [budget_at(step, 2, 15, 36, 12) for step in range(21)] == expected
 

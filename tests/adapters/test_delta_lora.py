@@ -292,6 +292,7 @@ def test_step_0_is_the_base_and_the_state_brings_all_of_it_back() -> None:
 
 def test_the_step_at_which_w_begins_to_follow() -> None:
     assert [first_step(10, start) for start in (0, 0.0, 1, 3, 0.25, 0.3, 9)] == [0, 0, 1, 3, 2, 3, 9]
+    assert first_step(100, 0.575) == 58  # the even one of 57 and 58; as floats the product is below 57.5
 
 
 @pytest.mark.parametrize("steps", [{"max_steps": 3}, {"epochs": 1, "batch_size": 1000}])

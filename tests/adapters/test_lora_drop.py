@@ -88,6 +88,7 @@ def test_the_sample_is_drawn_by_the_seed_each_row_once() -> None:
     assert drawn != draw_samples(parts, 0.2, 8)
     assert sorted(draw_samples((Part(0, 30),), 30, 1)) == list(range(30))
     assert len(draw_samples(parts, 1e-9, 7)) == 1
+    assert len(draw_samples((Part(0, 100),), 0.575, 7)) == 58  # as floats the product is below 57.5
     with pytest.raises(ValueError, match="51 samples, but an epoch has 50"):
         draw_samples(parts, 51, 7)
 

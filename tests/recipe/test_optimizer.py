@@ -241,6 +241,11 @@ CONFLICTS = [
         "optimizer.name",
         "write projected: false",
     ),
+    (
+        "adapter: {method: delta-lora}\noptimizer: {name: sophia}\n",
+        "optimizer.name",
+        "write another optimizer, or lora with a larger alpha",
+    ),
     ("training: {max_steps: 3}\nschedule: {name: wsd, decay: 4}\n", "schedule.decay", "max_steps: 3"),
     (
         "training: {max_steps: 9}\nschedule: {name: wsd, warmup: 5, decay: 5}\n",
@@ -265,6 +270,7 @@ def test_a_conflict_names_both_sides_or_the_cure(more: str, field: str, words: s
         "optimizer: {name: sgd, nesterov: true}\n",
         "adapter: {method: lora-fa}\noptimizer: {name: sophia}\n",
         "adapter: {method: lora-fa, projected: true}\noptimizer: {name: lion}\n",
+        "adapter: {method: delta-lora}\noptimizer: {name: lion}\n",
         *(f"training: {{max_steps: {steps}}}\nschedule: {{name: wsd}}\n" for steps in (1, 2, 3, 7)),
         "training: {max_steps: 10}\nschedule: {name: wsd, warmup: 5, decay: 5}\n",
     ],
@@ -295,6 +301,9 @@ def test_paging_is_refused_where_there_is_nothing_to_page_out_of() -> None:
         (7, 0.5, 10, (7, 3)),  # a share takes no more than is left
         (0, 10, 10, (0, 10)),
         (0.5, 0.5, 3, (2, 1)),
+        (0.07, 0.29, 100, (7, 29)),  # as floats 7.000000000000001 and 28.999999999999996
+        (0.14, 0.58, 50, (7, 29)),
+        (0.0, 1e-05, 100_000, (0, 1)),
     ],
 )
 def test_phases_of_a_run(warmup: Any, decay: Any, total: int, expected: tuple[int, int]) -> None:
