@@ -7,18 +7,19 @@ hardware.
 "data": {samples, trained_tokens, mean_length, longest, too_long, held_out} or null, "adapter": {method,
 trainable, capacity_bits, scale}, "steps": int or null, "missing": [text]}, "advice": [{"knob", "yours",
 "advised", "why", "source", "confidence": high, medium or low, "primer": {"says", "evidence"} where the
-profile has a word on that knob}], "set": ["KEY=VALUE"]}. Where `advised` equals `yours`, the evidence says
-that the knob matters little, or what it does.
+profile has a word on that knob}], "set": ["KEY=VALUE"], "try": ["KEY=VALUE"]}. `set` takes the advice of
+high and medium confidence, `try` has that of low. Where `advised` equals `yours`, the evidence says that the
+knob matters little, or what it does.
 """
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lorakit import data, model_files
-from lorakit.advice import Advice, Rule
+from lorakit.advice import STEPS, Advice, Rule
 from lorakit.advice.facts import Base, Facts, Rows, setting
 from lorakit.advice.primer import PRIMER, Primer
 from lorakit.advice.rules import RULES as OF_THE_ADAPTER
@@ -44,11 +45,13 @@ class Advised:
 
     @property
     def settings(self) -> tuple[str, ...]:
-        """The arguments of --set that take all of it."""
-        taken: dict[str, Any] = {}
-        for item in self.advice:
-            taken |= item.settings
-        return tuple(map(setting, taken, taken.values()))
+        """The arguments of --set that take what is of more than low confidence."""
+        return _settings(item for item in self.advice if item.confidence != "low")
+
+    @property
+    def trials(self) -> tuple[str, ...]:
+        """Those that take the rest, which nobody knows to be better here."""
+        return _settings(item for item in self.advice if item.confidence == "low")
 
     def as_dict(self) -> dict[str, Any]:
         entries = []
@@ -57,7 +60,7 @@ class Advised:
             said = {"primer": {"says": primer.says, "evidence": primer.evidence}} if primer else {}
             entries.append(entry | said)
         found = {"recipe": str(self.facts.path), "facts": self.facts.as_dict(), "advice": entries}
-        return found | {"set": list(self.settings)}
+        return found | {"set": list(self.settings), "try": list(self.trials)}
 
     def as_text(self) -> str:
         rows = self._rows()
@@ -66,9 +69,9 @@ class Advised:
             table = [f"nothing to advise{known}: the recipe has what the evidence has"]
         else:
             table = _table(rows, bool(self.profile))
-        end = [f"--set {shlex.quote(one)}" for one in self.settings]
-        taken = ["", f"to take it: {' '.join(end)}"] if end else []
-        return harmless("\n".join([self.facts.as_text(), "", *table, *taken]))
+        lines = [("to take it", self.settings), ("of low confidence, to try one by one", self.trials)]
+        end = [f"{head}: {' '.join(_as_options(found))}" for head, found in lines if found]
+        return harmless("\n".join([self.facts.as_text(), "", *table, *([""] if end else []), *end]))
 
     def _rows(self) -> list[tuple[Advice, Primer | None]]:
         """Every advice, and every knob of the profile, on which the recipe may stay as it is."""
@@ -76,6 +79,17 @@ class Advised:
         found = [(item, said.pop(item.knob, None)) for item in self.advice]
         more = [(_as_it_is(self.facts, primer), primer) for primer in said.values()]
         return [*found, *more]
+
+
+def _settings(advice: Iterable[Advice]) -> tuple[str, ...]:
+    taken: dict[str, Any] = {}
+    for item in advice:
+        taken |= item.settings
+    return tuple(map(setting, taken, taken.values()))
+
+
+def _as_options(settings: Sequence[str]) -> list[str]:
+    return [f"--set {shlex.quote(one)}" for one in settings]
 
 
 _COLUMNS = ("knob", "yours", "advised", "why", "source", "confidence")
@@ -93,24 +107,30 @@ def advise(path: Path, overrides: Sequence[str] = (), profile: str | None = None
 
 
 def settled(facts: Facts) -> tuple[Advice, ...]:
-    """The advice of all rules, each asked about the recipe that has taken the others' advice already."""
+    """The advice of all rules: that of more than low confidence each asked about the recipe that has taken
+    the others' already; what is only to be tried, and words, about the recipe that has taken all of that."""
     found: dict[Rule, Advice] = {}
     now = facts
     for _ in range(ROUNDS):
         before = now
         for rule in RULES:
             item = rule(now)
-            if item is None:
-                continue
-            item = replace(item, yours=facts.value(item.knob))
-            if item.settings:
-                now, item = taken_by(now, item)
-            elif rule in found:
-                continue
-            found[rule] = item
+            if item and item.settings and item.confidence != "low":
+                now, found[rule] = taken_by(now, _told(item, facts, now))
         if now is before:
             break
+    for rule in RULES:
+        item = None if rule in found else rule(now)
+        if item:
+            found[rule] = taken_by(now, _told(item, facts, now))[1]
     return tuple(found[rule] for rule in RULES if rule in found)
+
+
+def _told(item: Advice, facts: Facts, now: Facts) -> Advice:
+    """`item` beside what was written, though it was found on the recipe `now`."""
+    other = STEPS in item.source and now.steps != facts.steps
+    why = f"once the rest is taken, {item.why}" if other else item.why
+    return replace(item, yours=facts.value(item.knob), why=why)
 
 
 def taken_by(facts: Facts, item: Advice) -> tuple[Facts, Advice]:
