@@ -36,7 +36,7 @@ from lorakit.errors import LorakitError
 from lorakit.inspection_view import as_text, heat_map, ratio, summed
 from lorakit.picture import place_of
 from lorakit.pieces import Changes, Piece, read
-from lorakit.saved import find
+from lorakit.saved import find, warn_of_other_base
 from lorakit.terminal import track
 
 _LONGEST = 256  # singular values that are told of one matrix
@@ -64,8 +64,11 @@ def inspect(place: str | Path, base: str | None = None, against: str | Path | No
     `base`: in place of the one that is recorded. `against`: another adapter, of a model with layers of the
     same names and sides. Raises: LorakitError when there is no adapter, or nothing that both adapt.
     """
-    trained = read(find(Path(place)), base)
-    other = read(find(Path(against)), base) if against is not None else None
+    saved = [find(Path(folder)) for folder in (place, against) if folder is not None]
+    if len(saved) == 2:
+        warn_of_other_base(*saved)
+    trained, *others = (read(one, base) for one in saved)
+    other = others[0] if others else None
     theirs = {piece.key: piece for piece in other.pieces} if other else {}
     common = {p.key for p in trained.pieces if p.key in theirs and theirs[p.key].sides == p.sides}
     if other and not common:
@@ -195,5 +198,10 @@ def _finite(value: float) -> float | None:
 
 
 def _alike(one: Changes, other: Changes) -> str:
+    """Why no layer is of both: other sides, or other names."""
+    theirs = {piece.key: piece for piece in other.pieces}
+    if same := next((piece for piece in one.pieces if piece.key in theirs), None):
+        sides = ["{} x {}".format(*piece.sides) for piece in (same, theirs[same.key])]
+        return f"{same.name} is {sides[0]} in one and {sides[1]} in the other: they are of different models."
     names = [trained.pieces[0].name if trained.pieces else "nothing" for trained in (one, other)]
     return f"One begins with {names[0]}, the other with {names[1]}."

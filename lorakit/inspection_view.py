@@ -96,6 +96,12 @@ def _group_rows(title: str, groups: Sequence[Entry], here: bool) -> list[Row]:
     return rows
 
 
+_MEANING = (
+    "left, right: share of the outputs' and of the inputs' directions that both have (arXiv 2106.09685,"
+    " equation 4); first: of the strongest alone; chance: of random ones; cosine: of the changes themselves"
+)
+
+
 def _told_against(against: Mapping[str, Any]) -> list[str]:
     lines = [f"against   {against['adapter']}"]
     for key, word in (("only_here", "there"), ("only_there", "here")):
@@ -110,7 +116,7 @@ def _told_against(against: Mapping[str, Any]) -> list[str]:
         ranks = "{} {}".format(*entry["ranks"])
         numbers = (f"{entry[what + side]:.3f}" for what in ("", "first_", "chance_") for side in sides)
         rows.append((place, ranks, *numbers, f"{entry['cosine']:+.3f}"))
-    return [*lines, "", *_table(rows)]
+    return [*lines, "", *_table(rows), "", _MEANING]
 
 
 def _percent(value: float | None) -> str:
@@ -155,5 +161,7 @@ def heat_map(found: Mapping[str, Any]) -> str:
 
 
 def _cell(entry: Mapping[str, Any], word: str, value: float) -> Cell:
-    told = f"{entry['name']}: {word} {_percent(value)}, |D| {entry['norm']:.4g}, {_rank(entry)}"
+    has_one = entry["rank"] or "init_rank" in entry
+    rank = f"rank {_rank(entry)}" if has_one else _rank(entry)
+    told = f"{entry['name']}: {word} {_percent(value)}, |D| {entry['norm']:.4g}, {rank}"
     return Cell(value, _percent(value), told)

@@ -14,6 +14,8 @@ def check_place(option: str, file: Path) -> None:
         what = "is a directory" if file.is_dir() else "is no regular file"
         example = f"for example page.{option.removeprefix('--')}"
         raise LorakitError(f"{option} {file}: {what}", f"Give the name of a file, {example}.")
+    if option == "--svg" and file.suffix.lower() != ".svg":
+        raise LorakitError(f"--svg {file}: the picture is an SVG", "Give a name that ends in .svg.")
     if not file.parent.is_dir():
         raise LorakitError(f"{option} {file}: no such directory: {file.parent}", "Make it first.")
 

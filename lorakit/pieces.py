@@ -25,8 +25,9 @@ from lorakit.errors import LorakitError
 from lorakit.layers import matrix_of
 from lorakit.merge import keys_of, stored_names
 from lorakit.recipe.model import Model
-from lorakit.saved import Saved, base_section, check_base, open_saved
+from lorakit.saved import Saved, base_section, check_base, locate_base, open_saved
 from lorakit.shapes import Layer, Shapes
+from lorakit.tokenizer import quiet
 
 Read = Callable[[str], Tensor]  # parameter name -> the base's tensor, as a model stores it
 
@@ -66,6 +67,7 @@ def read(saved: Saved, base: str | None) -> Changes:
 
     Raises: LorakitError for files that do not fit, and without the base where the change cannot be told.
     """
+    quiet()
     method, notes = saved.provenance.get("method", ""), _notes(saved)
     if saved.full:
         before, pieces = _of_full(saved, base)
@@ -128,7 +130,7 @@ def _home(saved: Saved, base: str | None) -> tuple[Path | None, Model | None, st
                 raise LorakitError(f"{section.path} is not on this machine")
             home = cached.parent
         else:
-            home = model_files.locate(section, weights=False, tokenizer=False)
+            home = locate_base(section, base is not None, weights=False, tokenizer=False)
         model_files.weight_files(home)
         check_base(saved, home, given=base is not None)
     except LorakitError as error:

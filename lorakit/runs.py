@@ -115,6 +115,13 @@ class Run:
             shutil.rmtree(new) if new.is_dir() else new.unlink()
 
 
+def must_exist(place: Path) -> None:
+    """Raises: LorakitError where `place` is no directory, and so neither a run nor an adapter."""
+    if not place.is_dir():
+        told = f"{place} is a file" if place.is_file() else f"{place}: no such directory"
+        raise LorakitError(told, "Give a run directory or an adapter directory.")
+
+
 def read_record(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads((path / "run.json").read_text()))

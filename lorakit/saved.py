@@ -66,8 +66,7 @@ def find(place: Path) -> Saved:
     Raises: LorakitError when it is none of these, or a run that has not written its adapter yet.
     """
     place = place.expanduser().absolute()
-    if not place.is_dir():
-        raise LorakitError(f"{place}: no such directory", "Give a run directory or an adapter directory.")
+    runs.must_exist(place)
     if (place / "run.json").is_file():
         return _find_in_run(place)
     around = place.parent.parent if place.parent.name == "checkpoints" else place.parent
@@ -182,6 +181,25 @@ def _section_of_foreign(saved: Saved) -> Model:
     )
 
 
+def locate_base(section: Model, given: bool, weights: bool = True, tokenizer: bool = True) -> Path:
+    """model_files.locate, for a base that the user named on the command line if `given`, and in no recipe."""
+    try:
+        return model_files.locate(section, weights, tokenizer)
+    except LorakitError as error:
+        if not given:
+            raise
+        hint = error.hint.replace("relative to the recipe", "relative to the current directory")
+        hint = f"It was given as the base: {_SAY_BASE}. {hint}".rstrip()
+        raise LorakitError(error.message.removeprefix("model.path: "), hint) from None
+
+
+def warn_of_other_base(one: Saved, other: Saved) -> None:
+    """A warning where the bases that two adapters were trained on are known to be of other files."""
+    bases = [saved.provenance.get("base", {}).get("fingerprint") for saved in (one, other)]
+    if None not in bases and bases[0] != bases[1]:
+        say(f"warning: {other.folder} was trained on another base than {one.folder}")
+
+
 def check_base(saved: Saved, folder: Path, given: bool) -> None:
     """Raises: LorakitError when the base's files are others than those trained on; where the user named the
     base, a warning."""
@@ -203,7 +221,7 @@ def open_saved(saved: Saved, base: str | None, device: torch.device, exact: bool
     """
     quiet()
     section = Model(path=str(saved.folder)) if saved.full else base_section(saved, base)
-    folder = model_files.locate(section)
+    folder = locate_base(section, given=base is not None)
     check_base(saved, folder, given=base is not None)
     stored = model_files.stored_dtype(folder)
     dtype = stored if saved.full else saved.provenance.get("base", {}).get("dtype", stored)

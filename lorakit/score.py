@@ -27,7 +27,7 @@ from lorakit.recipe import Recipe, is_hub_id, load_recipe
 from lorakit.recipe.data import Data, Rows, files_of, sources
 from lorakit.recipe.model import Model
 from lorakit.recipe.task import CausalLm
-from lorakit.saved import Opened, Saved, base_section, check_base, find
+from lorakit.saved import Opened, Saved, base_section, check_base, find, locate_base
 from lorakit.signals import listen
 from lorakit.terminal import say, track
 
@@ -290,7 +290,7 @@ def _score_alone(
 
 def _base_of_full(saved: Saved, base: str | None) -> tuple[Model, Path, str]:
     section = base_section(saved, base)
-    folder = model_files.locate(section)
+    folder = locate_base(section, given=base is not None)
     check_base(replace(saved, full=False), folder, given=base is not None)
     return section, folder, saved.provenance["base"]["dtype"]
 

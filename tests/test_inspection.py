@@ -410,12 +410,44 @@ def test_two_adapters_of_other_rank_and_targets_are_compared_where_both_are(
     for key in ("left", "right", "shared_left", "first_right", "cosine"):
         assert same[key] == pytest.approx(1)
     out = cli("inspect", one, "--against", other)[1]
+    explained = out.splitlines()[-1]
+    assert all(f"{word}:" in explained for word in ("left, right", "first", "chance", "cosine"))
     assert f"not there {names[1]}" in out and f"not here  {names[2]}" in out
 
     apart = plant(tmp_path / "apart", source, {names[3]: ours}, 4)
     code, _, err = cli("inspect", one, "--against", apart)
     assert code == 2 and "adapt no layer of the same name and sides" in err
     assert f"begins with {names[0]}, the other with {names[3]}" in err
+
+
+def test_two_adapters_of_other_models_are_told_so(cli, tiny: Path, pairs_run: Path, tmp_path: Path) -> None:
+    def against(other: Path) -> tuple[int, str]:
+        code, _, err = cli("inspect", pairs_run, "--against", other)
+        return code, err
+
+    twin, narrow = tmp_path / "twin", tmp_path / "narrow"
+    for folder in (twin, narrow):
+        shutil.copytree(pairs_run / "adapter", folder)
+    assert against(twin) == (0, "")
+
+    record = json.loads((twin / "lorakit.json").read_text())
+    record["base"]["fingerprint"] = "0" * 64
+    (twin / "lorakit.json").write_text(json.dumps(record))
+    code, err = against(twin)
+    assert code == 0
+    assert f"warning: {twin} was trained on another base than {pairs_run / 'adapter'}" in err
+
+    (narrow / "lorakit.json").unlink()  # nothing is known of its base
+    tensors = load_file(narrow / "adapter_model.safetensors")
+    tensors = {
+        name: (tensor[:, :8] if "lora_A" in name else tensor[:8]).clone() for name, tensor in tensors.items()
+    }
+    save_file(tensors, narrow / "adapter_model.safetensors")
+    code, err = against(narrow)
+    first = "model.layers.0.self_attn.q_proj"
+    width = AutoModelForCausalLM.from_pretrained(tiny / "model").get_submodule(first).weight.shape
+    assert code == 2 and f"{first} is {width[0]} x {width[1]} in one and 8 x 8 in the other" in err
+    assert "different models" in err and "warning" not in err
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -502,6 +534,7 @@ def test_the_picture_has_a_cell_for_each_layer(known: bool, told, cli, tmp_path:
     cells = {}
     for group in root.iter(f"{svg}g"):
         if title := group.findtext(f"{svg}title"):
+            assert title.endswith(", rank 4")
             cells[title.partition(":")[0]] = group.findtext(f"{svg}text")
     assert cells.keys() == {entry["name"] for entry in found["layers"]}
     for name, text in cells.items():
@@ -540,6 +573,14 @@ def test_bad_calls(cli, tmp_path: Path, pairs_run: Path) -> None:
     assert "no such directory" in refused(pairs_run, "--against", tmp_path / "nothing")
     assert "no such directory" in refused(pairs_run, "--base", tmp_path / "nothing")
     assert "has no config.json" in refused(pairs_run, "--base", tmp_path / "empty")
+    file = pairs_run / "resolved.yaml"
+    for bad in ([file], [pairs_run, "--against", file]):
+        assert f"{file} is a file" in refused(*bad)
+    nowhere = refused(pairs_run, "--base", "nosuch")
+    assert "--base PATH" in nowhere and "relative to the current directory" in nowhere
+    assert "model.path" not in nowhere and "recipe" not in nowhere
+    for name in ("change.png", "change"):
+        assert "ends in .svg" in refused(pairs_run, "--svg", tmp_path / name)
     assert "--svg" in refused(pairs_run, "--svg", tmp_path / "empty")
     assert "no such directory" in refused(pairs_run, "--svg", tmp_path / "nowhere" / "x.svg")
 

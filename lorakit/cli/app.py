@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from lorakit import __version__
-from lorakit.errors import LorakitError, RecipeError
+from lorakit.errors import RecipeError
 
 app = typer.Typer(
     name="lorakit",
@@ -57,8 +57,9 @@ def _options(
 
 def must_exist(place: Path) -> None:
     """Said before torch is imported, which takes seconds."""
-    if not place.expanduser().is_dir():
-        raise LorakitError(f"{place}: no such directory", "Give a run directory or an adapter directory.")
+    from lorakit import runs
+
+    runs.must_exist(place.expanduser())
 
 
 def load(path: Path, overrides: list[str] | None, output: Path | None) -> Any:
