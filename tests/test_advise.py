@@ -2,6 +2,7 @@
 right."""
 
 import json
+import math
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
@@ -371,6 +372,29 @@ def test_the_scale_of_high_ranks_is_the_measured_one(make: Callable[..., Facts])
     facts = make(adapter={"rank": 64})
     after = facts.taken(said(facts, "scaling_of_high_ranks").settings)
     assert (facts.scale, after.scale) == (2.0, 8.0)
+
+
+def _in_8_bits(number: int) -> int:
+    """Bytes of both means: two codes, fp32 constants per block of 256, two tables of 256 fp32 numbers."""
+    return 2 * number + 2 * 4 * -(-number // 256) + 2 * 1024
+
+
+def test_what_8_bits_save_is_counted_matrix_by_matrix(make: Callable[..., Facts]) -> None:
+    """Sides of NARROW: k, v 64 to 32; q, o 64 to 64; gate, up 64 to 128, down 128 to 64; in both layers.
+
+    At rank 32 those of 128 have 4,096 numbers, and are the least that is rounded; at 31 none is.
+    """
+    nothing = make(NARROW, adapter={"rank": 31}, optimizer={"name": "adamw_8bit"})
+    assert "it saves nothing here" in said(nothing, "state_that_is_small_already").why
+    facts = make(NARROW, adapter={"rank": 32}, optimizer={"name": "adamw_8bit"})
+    saved = 2 * 3 * (8 * 4096 - _in_8_bits(4096))
+    assert f"8 bits save {saved / 1e6:.3g} MB" in said(facts, "state_that_is_small_already").why
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "lora-fa", "adalora", "vera", "delta-lora"])
+def test_the_shapes_of_what_is_trained_make_up_its_count(method: str, make: Callable[..., Facts]) -> None:
+    facts = make(adapter={"method": method})
+    assert sum(map(math.prod, facts.trained_shapes)) == facts.trainable
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -100,6 +100,24 @@ class Facts:
         return sum(t.layer.num_experts * counted(*_sides(t), self._rank_of(t)) for t in self.targets)
 
     @property
+    def trained_shapes(self) -> list[tuple[int, ...]]:
+        """Those of the parameters that `trainable` counts, each on its own."""
+        assert self.trainable is not None
+        shapes: list[tuple[int, ...]] = []
+        for target in self.targets:
+            (inside, outside), rank = _sides(target), self._rank_of(target)
+            pair: list[tuple[int, ...]] = [(rank, inside), (outside, rank)]
+            stacked = (target.layer.num_experts,) if target.layer.num_experts > 1 else ()
+            found = {
+                "dora": [*pair, (outside,)],
+                "lora-fa": pair[1:],
+                "adalora": [*pair, (rank, 1)],
+                "vera": [(rank,), (outside,)],
+            }.get(self.method, pair)
+            shapes += [(*stacked, *shape) for shape in found]
+        return shapes
+
+    @property
     def per_rank(self) -> int:
         """Parameters that one more of adapter.rank adds; layers with a pattern of their own stay."""
         counted = TRAITS[self.method].num_trained

@@ -301,10 +301,16 @@ def state_that_is_small_already(facts: Facts) -> Advice | None:
     name = facts.recipe.optimizer.name
     if name not in ("adamw_8bit", "paged_adamw_8bit") or facts.trainable is None:
         return None
-    saved = 6 * facts.trainable  # 8 bytes per parameter become 2
+    plain, rounded = (
+        sum(OPTIMIZERS[other].state_bytes(facts.recipe.optimizer, shape) for shape in facts.trained_shapes)
+        for other in ("adamw", name)
+    )
+    saved = plain - rounded
     if saved >= SMALL_STATE:
         return None
     why = f"8 bits save {saved / 1e6:,.3g} MB of the means of {facts.trainable:,} parameters, and round them"
+    if not saved:
+        why = "it saves nothing here: every matrix has less than 4,096 numbers, and those keep 32 bits"
     return change(facts, "optimizer.name", "adamw", why, "counted from your model", "medium")
 
 
