@@ -108,12 +108,13 @@ class Facts:
             (inside, outside), rank = _sides(target), self._rank_of(target)
             pair: list[tuple[int, ...]] = [(rank, inside), (outside, rank)]
             stacked = (target.layer.num_experts,) if target.layer.num_experts > 1 else ()
-            found = {
+            of_method: dict[str, list[tuple[int, ...]]] = {
                 "dora": [*pair, (outside,)],
                 "lora-fa": pair[1:],
                 "adalora": [*pair, (rank, 1)],
                 "vera": [(rank,), (outside,)],
-            }.get(self.method, pair)
+            }
+            found = of_method.get(self.method, pair)
             shapes += [(*stacked, *shape) for shape in found]
         return shapes
 
