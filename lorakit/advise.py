@@ -7,9 +7,9 @@ hardware.
 "data": {samples, trained_tokens, mean_length, longest, too_long, held_out} or null, "adapter": {method,
 trainable, capacity_bits, scale}, "steps": int or null, "missing": [text]}, "advice": [{"knob", "yours",
 "advised", "why", "source", "confidence": high, medium or low, "primer": {"says", "evidence"} where the
-profile has a word on that knob}], "set": ["KEY=VALUE"], "try": ["KEY=VALUE"]}. `set` takes the advice of
-high and medium confidence, `try` has that of low. Where `advised` equals `yours`, the evidence says that the
-knob matters little, or what it does.
+profile has a word on that knob}], "set": ["KEY=VALUE"], "try": [["KEY=VALUE"]]}. `set` takes all advice of
+high and medium confidence, an entry of `try` one of low. Where `advised` equals `yours`, the evidence says
+that the knob matters little, or what it does.
 """
 
 import shlex
@@ -24,6 +24,7 @@ from lorakit.advice.facts import Base, Facts, Rows, setting
 from lorakit.advice.primer import PRIMER, Primer
 from lorakit.advice.rules import RULES as OF_THE_ADAPTER
 from lorakit.advice.training import RULES as OF_THE_TRAINING
+from lorakit.advice.training import learning_rate
 from lorakit.data.render import check_tokenizer
 from lorakit.errors import LorakitError
 from lorakit.recipe import Recipe, load_recipe
@@ -49,9 +50,10 @@ class Advised:
         return _settings(item for item in self.advice if item.confidence != "low")
 
     @property
-    def trials(self) -> tuple[str, ...]:
-        """Those that take the rest, which nobody knows to be better here."""
-        return _settings(item for item in self.advice if item.confidence == "low")
+    def trials(self) -> tuple[tuple[str, ...], ...]:
+        """Those that take the rest, one by one: nobody knows whether it is better here."""
+        low = [item for item in self.advice if item.confidence == "low" and item.settings]
+        return tuple(_settings([item]) for item in low)
 
     def as_dict(self) -> dict[str, Any]:
         entries = []
@@ -60,7 +62,7 @@ class Advised:
             said = {"primer": {"says": primer.says, "evidence": primer.evidence}} if primer else {}
             entries.append(entry | said)
         found = {"recipe": str(self.facts.path), "facts": self.facts.as_dict(), "advice": entries}
-        return found | {"set": list(self.settings), "try": list(self.trials)}
+        return found | {"set": list(self.settings), "try": list(map(list, self.trials))}
 
     def as_text(self) -> str:
         rows = self._rows()
@@ -69,8 +71,8 @@ class Advised:
             table = [f"nothing to advise{known}: the recipe has what the evidence has"]
         else:
             table = _table(rows, bool(self.profile))
-        lines = [("to take it", self.settings), ("of low confidence, to try one by one", self.trials)]
-        end = [f"{head}: {' '.join(_as_options(found))}" for head, found in lines if found]
+        end = [f"to take it: {_as_options(self.settings)}"] if self.settings else []
+        end += [f"to try, of low confidence: {_as_options(one)}" for one in self.trials]
         return harmless("\n".join([self.facts.as_text(), "", *table, *([""] if end else []), *end]))
 
     def _rows(self) -> list[tuple[Advice, Primer | None]]:
@@ -88,8 +90,8 @@ def _settings(advice: Iterable[Advice]) -> tuple[str, ...]:
     return tuple(map(setting, taken, taken.values()))
 
 
-def _as_options(settings: Sequence[str]) -> list[str]:
-    return [f"--set {shlex.quote(one)}" for one in settings]
+def _as_options(settings: Sequence[str]) -> str:
+    return " ".join(f"--set {shlex.quote(one)}" for one in settings)
 
 
 _COLUMNS = ("knob", "yours", "advised", "why", "source", "confidence")
@@ -122,8 +124,17 @@ def settled(facts: Facts) -> tuple[Advice, ...]:
     for rule in RULES:
         item = None if rule in found else rule(now)
         if item:
-            found[rule] = taken_by(now, _told(item, facts, now))[1]
+            found[rule] = _with_its_rate(*taken_by(now, _told(item, facts, now)))
     return tuple(found[rule] for rule in RULES if rule in found)
+
+
+def _with_its_rate(after: Facts, item: Advice) -> Advice:
+    """A method to try with the learning rate that it asks for: the recipe's was another method's."""
+    rate = learning_rate(after) if item.knob == "adapter.method" and item.settings else None
+    if rate is None:
+        return item
+    why = f"{item.why}; optimizer.lr {_shown(rate.advised)} goes with it"
+    return replace(item, why=why, settings={**item.settings, **rate.settings})
 
 
 def _told(item: Advice, facts: Facts, now: Facts) -> Advice:

@@ -1,6 +1,5 @@
 """Rules on the adapter: its method, where it sits, how large it is, how strongly it acts."""
 
-import json
 from typing import Any
 
 from lorakit.advice import (
@@ -39,14 +38,13 @@ def _starts_fresh(facts: Facts) -> bool:
 
 
 def _lora_instead(facts: Facts) -> dict[str, Any]:
-    """The section `adapter` with method lora and all that was written and LoRA has too."""
+    """The section `adapter` with method lora and all that was written and LoRA has too; for AdaLoRA, whose
+    ranks have other names and defaults, with the rank that it aims at."""
     fields = METHOD_SECTIONS["lora"].model_fields
-    written = json.loads(json.dumps(facts.recipe.written("adapter") or {}))
-    return {"method": "lora"} | {
-        name: value
-        for name, value in json.loads(json.dumps(written)).items()
-        if name in fields.keys() - {"method"}
-    }
+    written = facts.recipe.written("adapter") or {}
+    kept = {name: value for name, value in written.items() if name in fields}
+    aim = {"rank": facts.adapter.target_rank} if facts.method == "adalora" else {}
+    return kept | aim | {"method": "lora"}
 
 
 def _to_lora(facts: Facts, why: str, source: str, confidence: Any) -> Advice:
