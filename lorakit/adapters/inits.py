@@ -57,7 +57,8 @@ def pissa(weight: Tensor, rank: int, scale: float, fast: bool = False, seed: int
     the singular values in either. Meng et al. 2024, arXiv 2404.02948, equations 2 and 3.
 
     `fast`: by a randomised method (Halko et al. 2011, arXiv 0909.4061) of which `seed` decides the draws;
-    what it leaves in W is a little more than singular value r + 1.
+    what it leaves in W is a little more than singular value r + 1. Of noise, whose singular values hardly
+    fall (loftq), it missed 5 % of |scale * B A|_F^2 at rank 4 of 1024, 2 % at 16.
     """
     if fast:
         with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):

@@ -70,9 +70,10 @@ def _init_conflicts(recipe: Any, written: Written) -> Conflicts:
     """Of how a LoRA starts."""
     adapter, held = recipe.adapter, recipe.model.quantize
     init, name = INITS[adapter.init], adapter.init
-    for other, field in ((other, field) for other, traits in INITS.items() for field in traits.fields):
+    for field in dict.fromkeys(field for traits in INITS.values() for field in traits.fields):
         if field not in init.fields and written(f"adapter.{field}") is not None:
-            yield f"adapter.{field}", f"has no effect with init: {name} (it is {other}'s); delete it"
+            owners = " and ".join(other for other, traits in INITS.items() if field in traits.fields)
+            yield f"adapter.{field}", f"has no effect with init: {name} (it is of {owners}); delete it"
     there = {
         "unquantized" if held == "none" else "quantized": True,
         "dropout": adapter.dropout > 0,

@@ -92,6 +92,7 @@ INITS: dict[str, Init] = {
             "embedding": _EMBEDDING,
             "experts": _EXPERTS,
         },
+        fields=("init_svd",),
         prepared=True,
         starts_elsewhere=True,
     ),

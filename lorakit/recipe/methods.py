@@ -100,8 +100,8 @@ class Lora(_Factors):
     took from the weight."""
 
     init_svd: Literal["exact", "fast"] = "exact"
-    """Of pissa. exact: all singular values (minutes for 7B parameters); fast: the strongest by a randomised
-    method, of which the rest of the weight keeps a little."""
+    """Of pissa and loftq. exact: all singular values, whose time grows with the cube of a weight's side (7B
+    parameters on a CPU: hours); fast: the strongest by a randomised method (minutes), which misses some."""
 
     probe: Annotated[float, Field(gt=0, lt=1)] | Annotated[int, Field(ge=1)] = 0.1
     """Samples that eva looks at: below 1 a share of all, from 1 a number of samples."""
