@@ -94,7 +94,7 @@ def lr_at(
     if name == "inverse-sqrt":
         begun = max(1, warmup_steps)
         return peak * math.sqrt(begun / (begun + step - warmup_steps))
-    fall = decay_steps if name == "wsd" else total_steps - warmup_steps
+    fall = decay_steps + 1 if name == "wsd" else total_steps - warmup_steps  # + 1: from the last at the peak
     done = max(0.0, (step - (total_steps - fall)) / max(1, fall))
     bent = {"constant": 1.0, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}
     return peak * (floor + (1.0 - floor) * bent.get(name, 1.0 - done))

@@ -114,7 +114,7 @@ SCHEDULES: dict[str, ScheduleTraits] = {
     ),
     "wsd": ScheduleTraits(
         Wsd,
-        "1, then f + (1 - f) (T - t) / d over the last d steps",
+        "1, then f + (1 - f) (T - t) / (d + 1) over the last d steps",
         "the peak for most of the run, then a short fall; its papers: as good as cosine",
         "arXiv 2404.06395",
     ),
@@ -128,11 +128,11 @@ else:
 
 def phases(section: Any, total_steps: int) -> tuple[int, int]:
     """(steps of the warm-up, steps of the decay at the end) of a run of `total_steps`. A share of the steps
-    is rounded up for the warm-up and down for the decay, which takes no more than is left."""
+    is rounded up, and the decay takes no more than the warm-up leaves."""
     warmup, decay = section.warmup, getattr(section, "decay", 0)
     rise = warmup if isinstance(warmup, int) else math.ceil(share_of(warmup, total_steps))
     left = max(0, total_steps - rise)
-    return rise, decay if isinstance(decay, int) else min(left, math.floor(share_of(decay, total_steps)))
+    return rise, decay if isinstance(decay, int) else min(left, math.ceil(share_of(decay, total_steps)))
 
 
 def too_few_steps(section: Any, total_steps: int, said: str = "") -> Conflicts:

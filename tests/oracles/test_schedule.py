@@ -112,7 +112,7 @@ def test_wsd_rises_stays_and_falls(
     """Three straight lines laid end to end; the last would reach the floor one step after the run."""
     rise = np.linspace(0, PEAK, warmup_steps + 1)[1:]
     stay = np.full(total_steps - warmup_steps - decay_steps, PEAK)
-    fall = np.linspace(PEAK, floor * PEAK, decay_steps + 1)[:-1]
+    fall = np.linspace(PEAK, floor * PEAK, decay_steps + 2)[1:-1]
     rates = learning_rates("wsd", warmup_steps, total_steps, decay_steps, floor)
     np.testing.assert_allclose(rates, np.concatenate([rise, stay, fall]), rtol=1e-12)
 

@@ -295,9 +295,10 @@ def test_paging_is_refused_where_there_is_nothing_to_page_out_of() -> None:
     ("warmup", "decay", "total", "expected"),
     [
         (0.03, 0.1, 1000, (30, 100)),
-        (0.03, 0.1, 1, (1, 0)),  # the warm-up rounds up and the decay down
+        (0.03, 0.1, 1, (1, 0)),  # the warm-up comes first
         (0.03, 0.1, 10, (1, 1)),
-        (0.0, 0.1, 19, (0, 1)),
+        (0.0, 0.1, 19, (0, 2)),
+        (0.0, 0.1, 3, (0, 1)),  # no run is too short to end lower
         (7, 0.5, 10, (7, 3)),  # a share takes no more than is left
         (0, 10, 10, (0, 10)),
         (0.5, 0.5, 3, (2, 1)),
