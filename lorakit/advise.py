@@ -5,9 +5,10 @@ hardware.
 
 `lorakit advise --json`: {"recipe": path, "facts": {"model": {type, parameters, hidden_size, context} or null,
 "data": {samples, trained_tokens, mean_length, longest, too_long, held_out} or null, "adapter": {method,
-trainable, capacity_bits, scale}, "steps": int or null, "missing": [text]}, "advice": [{"knob", "yours",
-"advised", "why", "source", "confidence": high, medium or low, "primer": {"says", "evidence"} where the
-profile has a word on that knob}], "set": ["KEY=VALUE"], "try": [["KEY=VALUE"]]}. `set` takes all advice of
+trainable, capacity_bits, scale}, "steps": int or null, "missing": [text], "stops": text}, "advice": [{"knob",
+"yours", "advised", "why", "source", "confidence": high, medium or low, "primer": {"says", "evidence"} where
+the profile has a word on that knob}], "set": ["KEY=VALUE"], "try": [["KEY=VALUE"]]}. `missing` is what could
+not be judged, `stops` why `lorakit train` refuses the rows (exit code 2), or empty. `set` takes all advice of
 high and medium confidence, an entry of `try` one of low. Where `advised` equals `yours`, the evidence says
 that the knob matters little, or what it does.
 """
@@ -26,10 +27,12 @@ from lorakit.advice.rules import RULES as OF_THE_ADAPTER
 from lorakit.advice.training import RULES as OF_THE_TRAINING
 from lorakit.advice.training import learning_rate
 from lorakit.data.render import check_tokenizer
-from lorakit.errors import LorakitError
+from lorakit.errors import LorakitError, RecipeError
 from lorakit.recipe import Recipe, load_recipe
+from lorakit.recipe.data import sources
 from lorakit.terminal import harmless
 from lorakit.tokenizer import load_tokenizer, quiet
+from lorakit.validate import problems_of
 
 RULES: tuple[Rule, ...] = (*OF_THE_ADAPTER, *OF_THE_TRAINING)
 UNCUT = 1 << 30  # tokens: a data.max_length that no row reaches
@@ -66,11 +69,7 @@ class Advised:
 
     def as_text(self) -> str:
         rows = self._rows()
-        if not rows:
-            known = " of what could be read" if self.facts.missing else ""
-            table = [f"nothing to advise{known}: the recipe has what the evidence has"]
-        else:
-            table = _table(rows, bool(self.profile))
+        table = _table(rows, bool(self.profile)) if rows else [_nothing(self.facts)]
         end = [f"to take it: {_as_options(self.settings)}"] if self.settings else []
         end += [f"to try, of low confidence: {_as_options(one)}" for one in self.trials]
         return harmless("\n".join([self.facts.as_text(), "", *table, *([""] if end else []), *end]))
@@ -137,6 +136,13 @@ def _with_its_rate(after: Facts, item: Advice) -> Advice:
     return replace(item, why=why, settings={**item.settings, **rate.settings})
 
 
+def _nothing(facts: Facts) -> str:
+    if facts.stops:
+        return "nothing to advise: mend the rows first"
+    known = " of what was judged" if facts.missing else ""
+    return f"nothing to advise{known}: the recipe has what the evidence has"
+
+
 def _told(item: Advice, facts: Facts, now: Facts) -> Advice:
     """`item` beside what was written, though it was found on the recipe `now`."""
     other = STEPS in item.source and now.steps != facts.steps
@@ -191,24 +197,31 @@ def _shown(value: Any) -> str:
 
 
 def gather(path: Path, overrides: Sequence[str]) -> Facts:
-    """Facts of the recipe at `path`. What cannot be read is named in `missing`.
+    """Facts of the recipe at `path`. What is not on this machine, nor on a hub in reach, is named in
+    `missing`; rows that stop the run, but could be read without the recipe's limits, in `stops`.
 
-    Raises: LorakitError for a recipe that is none; RecipeError for targets that its model does not have.
+    Raises: LorakitError for a recipe that is none; RecipeError for what `lorakit validate` refuses.
     """
     recipe = load_recipe(path, overrides)
+    if problems := problems_of(recipe):
+        raise RecipeError(problems)
     empty = Facts(path, tuple(overrides), recipe, None, None, ())
     if recipe.model.trust_remote_code:
         return replace(empty, missing=("model and rows: advise does not run a model's own code",))
-    missing = []
     try:
         folder = model_files.locate(recipe.model, weights=False)
-        base = _base(folder)
     except LorakitError as error:
         return replace(empty, missing=(f"model and rows: {error.message}",))
+    base = _base(folder)
+    missing = []
     if base is None:
         missing.append(f"shapes: lorakit's tables have no model of this type: {folder / 'config.json'}")
-    rows, told = _rows(recipe, folder)
-    facts = replace(empty, base=base, rows=rows, missing=(*missing, *told))
+    quiet()
+    tokenizer = load_tokenizer(folder, recipe.model, recipe.data.chat_template)
+    check_tokenizer(tokenizer)
+    rows, absent, stops = _rows(recipe, tokenizer)
+    missing += [absent] if absent else []
+    facts = replace(empty, base=base, rows=rows, missing=tuple(missing), stops=stops)
     _ = facts.targets
     return facts
 
@@ -233,32 +246,39 @@ def _first_size(config: Mapping[str, Any], *names: str) -> int | None:
     return next((config[name] for name in names if type(config.get(name)) is int), None)
 
 
-def _rows(recipe: Recipe, folder: Path) -> tuple[Rows | None, list[str]]:
-    """(the rows, what is wrong with them). They are read as `lorakit preview` reads them; where the recipe
-    refuses or cuts some, again without its limits."""
-    quiet()
-    try:
-        tokenizer = load_tokenizer(folder, recipe.model, recipe.data.chat_template)
-        check_tokenizer(tokenizer)
-    except LorakitError as error:
-        return None, [f"rows: {error.message}"]
+def _rows(recipe: Recipe, tokenizer: Any) -> tuple[Rows | None, str, str]:
+    """(the rows, what of them is not on this machine, why `lorakit train` would not take them). They are read
+    as `lorakit preview` reads them; where the recipe refuses or cuts some, again without its limits.
+
+    Raises: LorakitError for files here that cannot be read even so.
+    """
     section = recipe.data
     training = section.model_copy(update={"eval": None})
-    missing = []
+    stops = ""
     try:
         named = training if isinstance(section.eval, float) else section
         loaded, other = data.load_parts(recipe.model_copy(update={"data": named}), tokenizer)
         if not (loaded.account.truncated or loaded.account.dropped):
-            return _measured(loaded, len(other.tokens) if other else None), []
+            return _measured(loaded, len(other.tokens) if other else None), "", ""
     except LorakitError as error:
-        missing.append(f"rows: the run would stop: {error.message.splitlines()[0]}")
+        stops = error.message.splitlines()[0]
+        if not _are_here(section.eval):
+            rows, absent, others = _rows(recipe.model_copy(update={"data": training}), tokenizer)
+            return rows, absent or ("" if others else f"held-out rows: {stops}"), others
     freely = {"max_length": UNCUT, "on_long": "truncate", "on_bad_row": "skip"}
     freed = recipe.model_copy(update={"data": training.model_copy(update=freely)})
     try:
         loaded, _ = data.load_parts(freed, tokenizer)
     except LorakitError:
-        return None, missing
-    return _measured(loaded, None), missing
+        if _are_here(section.train):
+            raise
+        return None, f"rows: {stops}", ""
+    return _measured(loaded, None), "", stops
+
+
+def _are_here(rows: Any) -> bool:
+    """Whether a value of data.train or data.eval names files alone, and nothing of a hub."""
+    return rows is None or isinstance(rows, float) or all(one.is_local for one in sources(rows, None))
 
 
 def _measured(loaded: data.Loaded, held_out: int | None) -> Rows:

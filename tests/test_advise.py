@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lorakit import advise as advise_module
 from lorakit.advice import change
 from lorakit.advice.facts import Base, Facts, Rows
 from lorakit.advice.primer import PRIMER
@@ -499,13 +500,14 @@ def test_advice_is_taken_by_its_line_and_then_nothing_is_left_to_say(write_recip
     found = advise(recipe)
     knobs = {item.knob for item in found.advice}
     assert {"adapter.method", "data.max_length", "optimizer.lr", "training.batch_size"} <= knobs
-    assert found.facts.missing[0].startswith("rows: the run would stop: ")
+    assert "data.max_length is 8" in found.facts.stops
+    assert f"stops     {found.facts.stops}" in found.as_text().splitlines()
     (line,) = [line for line in found.as_text().splitlines() if line.startswith("to take it: ")]
     taken = [word for word in shlex.split(line.removeprefix("to take it: ")) if word != "--set"]
     assert taken == list(found.settings)
     assert problems_of(load_recipe(recipe, taken)) == []
     again = advise(recipe, taken)
-    assert (again.settings, again.facts.missing) == ((), ())
+    assert (again.settings, again.facts.missing, again.facts.stops) == ((), (), "")
     assert load_recipe(recipe).adapter.method == "full"  # the file is as it was
 
 
@@ -546,7 +548,7 @@ def test_the_json_has_the_shape_that_is_documented(write_recipe: Any, cli: Any) 
     found = json.loads(out)
     assert list(found) == ["recipe", "facts", "advice", "set", "try"]
     assert found["recipe"] == str(recipe)
-    assert list(found["facts"]) == ["model", "data", "adapter", "steps", "missing"]
+    assert list(found["facts"]) == ["model", "data", "adapter", "steps", "missing", "stops"]
     by_knob = {item["knob"]: item for item in found["advice"]}
     targets = by_knob["adapter.targets"]
     names = ["knob", "yours", "advised", "why", "source", "confidence", "primer"]
@@ -572,19 +574,58 @@ def test_the_primers_stand_beside_every_knob_they_speak_of(write_recipe: Any, cl
         assert f"    on the primers: {primer.evidence} [{primer.source}]" in both.splitlines()
 
 
-def test_what_cannot_be_read_is_named_and_the_rest_is_advised(write_recipe: Any, tmp_path: Path) -> None:
-    empty = tmp_path / "model"
-    empty.mkdir()
-    recipe = write_recipe(model={"path": str(empty)}, adapter={"targets": "attention"})
-    found = advise(recipe)
-    assert found.facts.missing[0].startswith("model and rows: model.path: ")
-    assert "adapter.targets=all-linear" in found.settings
-    assert "missing   model and rows" in found.as_text()
-    nothing = write_recipe(data={"train": str(tmp_path / "nowhere.jsonl")}, adapter={"targets": "attention"})
-    found = advise(nothing)
-    assert found.facts.base and found.facts.rows is None
-    assert "nowhere.jsonl" in found.facts.missing[0]
-    assert "adapter.targets=all-linear" in found.settings
+def test_what_is_not_here_is_not_judged_and_the_rest_is_advised(
+    write_recipe: Any, tiny: Path, cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model of the hub, rows of the hub, held-out rows of the hub: no hub is in reach."""
+
+    def unreachable(*_: Any, **__: Any) -> Any:
+        raise LorakitError("the hub cannot be reached")
+
+    adapter = {"targets": "attention"}
+    rows = {"train": str(tiny / "train.jsonl"), "max_length": 128}
+    with monkeypatch.context() as patch:
+        patch.setattr("lorakit.model_files._download", unreachable)
+        recipe = write_recipe(model={"path": "owner/name"}, adapter=adapter)
+        code, out, _ = cli("advise", recipe)
+    assert code == 0
+    assert "not judged: model and rows: the hub cannot be reached" in out.splitlines()
+    assert "--set adapter.targets=all-linear" in out
+    of_here = advise(write_recipe(data=rows, adapter=adapter)).facts.rows
+    real = advise_module.data.load_parts
+
+    def local_alone(recipe: Any, tokenizer: Any) -> Any:
+        section = recipe.data
+        return unreachable() if "owner/name" in (section.train, section.eval) else real(recipe, tokenizer)
+
+    monkeypatch.setattr(advise_module.data, "load_parts", local_alone)
+    found = advise(write_recipe(data=rows | {"train": "owner/name"}, adapter=adapter))
+    assert found.facts.missing == ("rows: the hub cannot be reached",)
+    assert (found.facts.rows, found.facts.stops) == (None, "")
+    assert found.facts.base is not None
+    found = advise(write_recipe(data=rows | {"eval": "owner/name"}, adapter=adapter))
+    assert found.facts.missing == ("held-out rows: the hub cannot be reached",)
+    assert found.facts.rows is not None and of_here is not None
+    assert (len(found.facts.rows.lengths), found.facts.stops) == (len(of_here.lengths), "")
+
+
+def test_what_train_refuses_is_refused_with_its_place(write_recipe: Any, cli: Any, tmp_path: Path) -> None:
+    """Files that are not there, and one that holds no rows; rows that advice would mend are advised."""
+    nowhere = tmp_path / "nowhere.jsonl"
+    code, out, err = cli("advise", write_recipe(data={"train": str(nowhere)}))
+    assert (code, out) == (2, "")
+    assert "recipe.yaml:1:" in err and f"data.train: no such file: {nowhere}" in err
+    code, out, err = cli("advise", write_recipe(model={"path": str(tmp_path)}))
+    assert (code, out) == (2, "")
+    assert "model.path: no model directory" in err
+    nowhere.write_text("{ no row")
+    code, out, err = cli("advise", write_recipe(data={"train": str(nowhere)}))
+    assert (code, out) == (2, "")
+    assert f"{nowhere}:1" in err or f"{nowhere.name}:1" in err
+    code, out, _ = cli("advise", write_recipe(), "--set", "data.max_length=8")
+    assert code == 2
+    assert "--set data.max_length=" in out
+    assert not [line for line in out.splitlines() if line.startswith("nothing to advise")]
 
 
 def test_a_recipe_that_cannot_train_is_refused(write_recipe: Any, cli: Any, tmp_path: Path) -> None:

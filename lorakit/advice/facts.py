@@ -53,7 +53,8 @@ class Facts:
     recipe: Recipe
     base: Base | None
     rows: Rows | None
-    missing: tuple[str, ...]  # what could not be read, and so is not held against anything
+    missing: tuple[str, ...]  # what is not here, and so is not held against anything
+    stops: str = ""  # what of the rows `lorakit train` refuses
 
     def taken(self, settings: Mapping[str, Any]) -> "Facts":
         """The same with fields of the recipe changed. Raises: LorakitError when that is no valid recipe."""
@@ -231,6 +232,7 @@ class Facts:
             "adapter": adapter | {"scale": self.scale},
             "steps": self.steps,
             "missing": list(self.missing),
+            "stops": self.stops,
         }
 
     def as_text(self) -> str:
@@ -250,7 +252,8 @@ class Facts:
         if self.steps is not None:
             passes = f"; passes over the data: {self.passes:.3g}" if self.passes is not None else ""
             lines.append(f"run       {self.steps:,} steps{passes}")
-        return "\n".join([*lines, *(f"missing   {text}" for text in self.missing)])
+        lines += [f"stops     {self.stops}"] if self.stops else []
+        return "\n".join([*lines, *(f"not judged: {text}" for text in self.missing)])
 
     def _trained(self) -> str:
         tokens = self.trained_tokens or 0

@@ -104,7 +104,7 @@ def rows_longer_than_allowed(facts: Facts) -> Advice | None:
     advised = max(section.max_length, min(64 * math.ceil(wanted / 64), room))
     number = int((lengths > section.max_length).sum())
     does = {"error": "which stops the run", "truncate": "and lose their end", "drop": "and are left out"}
-    why = f"{number:,} of {len(lengths):,} samples ({100 * share:.2g} %) are longer, {does[section.on_long]}"
+    why = f"{number:,} of {len(lengths):,} samples ({100 * share:.3g} %) are longer, {does[section.on_long]}"
     why += f"; the longest has {lengths.max():,} tokens"
     beyond = float((lengths > advised).mean())
     if stops and beyond:  # the model's context ends before they do

@@ -103,7 +103,8 @@ def advise(
 ) -> None:
     """Say what the evidence advises, why, and how sure.
 
-    From published results and from your data; nothing is changed, and no weights are loaded.
+    From published results and from your data; nothing is changed, and no weights are loaded. Exit code 2:
+    the rows would stop the run as it stands.
     """
     from lorakit.advise import advise as ask
     from lorakit.recipe import load_recipe
@@ -112,6 +113,7 @@ def advise(
     without_torch(load_recipe(recipe, set_ or ()).model)
     found = ask(recipe, set_ or (), profile)
     typer.echo(json.dumps(found.as_dict()) if as_json else found.as_text())
+    raise typer.Exit(2 if found.facts.stops else 0)
 
 
 @app.command("count-params")
