@@ -10,8 +10,9 @@ result, whose shape does not change:
                 relative (norm / weight_norm), share (of the sum of all squared norms), singular_values (the
                 largest 256), directions (how many of D's are compared: all that are not zero where it has
                 factors), effective_rank, stable_rank, amplification; where the run knows them init_rank,
-                explained, importance, shared_with. rank is the method's where a run knows it; alpha and scale
-                are those of the file, and of an export to plain LoRA the scale is one
+                explained, importance, shared_with. rank, alpha and scale are the method's where a run knows
+                them (where ranks moved, scale = alpha / init_rank), else the file's; in a method's export to
+                plain LoRA the scale is one
     kinds[], depths[]               name, number, norm, weight_norm, relative, share
     against     adapter, only_here[], only_there[], layers[]: name, expert, ranks [i, j], left and right
                 (phi(i, j) of the output's and of the input's directions), shared_rank (m = min(i, j)),

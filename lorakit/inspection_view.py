@@ -69,7 +69,7 @@ def _layer_rows(layers: Sequence[Entry], here: bool) -> list[Row]:
     rows = [(*head, "singular values", "effective", "stable", "share")]
     for entry in layers:
         alpha, scale = ("" if entry[key] is None else f"{entry[key]:.4g}" for key in ("alpha", "scale"))
-        factor = "" if entry["amplification"] is None else f"{entry['amplification']:.1f}"
+        factor = "" if entry["amplification"] is None else _two(entry["amplification"])
         beside = (_percent(entry["relative"]), factor) if here else ()
         values = entry["singular_values"]
         ends = " .. ".join(f"{value:.2g}" for value in (*values[:1], *values[1:][-1:]))
@@ -117,6 +117,11 @@ def _told_against(against: Mapping[str, Any]) -> list[str]:
         numbers = (f"{entry[what + side]:.3f}" for what in ("", "first_", "chance_") for side in sides)
         rows.append((place, ranks, *numbers, f"{entry['cosine']:+.3f}"))
     return [*lines, "", *_table(rows), "", _MEANING]
+
+
+def _two(value: float) -> str:
+    """Two digits, however small; whole numbers where these are more."""
+    return f"{value:.2g}" if value < 99.5 else f"{value:,.0f}"
 
 
 def _percent(value: float | None) -> str:

@@ -6,6 +6,7 @@ where transformers puts experts together, and under PEFT's other tuners, whose c
 makes of a weight, less that weight (in fp32: it is known to 1e-7 of the weight's entries).
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,9 +25,13 @@ from lorakit.anatomy import Update
 from lorakit.errors import LorakitError
 from lorakit.layers import matrix_of
 from lorakit.merge import keys_of, stored_names
+from lorakit.recipe import load_recipe
+from lorakit.recipe.methods import auto_alpha
 from lorakit.recipe.model import Model
+from lorakit.recipe.traits import is_exported
 from lorakit.saved import Saved, base_section, check_base, locate_base, open_saved
 from lorakit.shapes import Layer, Shapes
+from lorakit.targets import matches
 from lorakit.tokenizer import quiet
 
 Read = Callable[[str], Tensor]  # parameter name -> the base's tensor, as a model stores it
@@ -109,7 +114,29 @@ def _notes(saved: Saved) -> dict[str, dict[str, Any]]:
         return {}
     told = ("rank", "init_rank", "explained", "importance", "shared_with")
     modules = model_files.read_json(saved.run / "params.json").get("modules", [])
-    return {entry["name"]: {key: entry[key] for key in told if key in entry} for entry in modules}
+    try:
+        section: Any = load_recipe(saved.run / "resolved.yaml").adapter
+    except LorakitError:
+        section = None
+    own = section if section and is_exported(section) and not getattr(section, "start_from", None) else None
+    return {
+        entry["name"]: {key: entry[key] for key in told if key in entry} | _of_method(own, entry)
+        for entry in modules
+    }
+
+
+def _of_method(section: Any, entry: Mapping[str, Any]) -> dict[str, float]:
+    """alpha and scale of a layer of params.json where a method is shipped as another's files, in which the
+    scale is 1; nothing where `section` is None or has no scale."""
+    rank = entry.get("init_rank", entry.get("rank"))
+    if not rank or not hasattr(section, "alpha"):
+        return {}
+    stabilized = getattr(section, "scaling", "") == "rank_stabilized"
+    alpha = auto_alpha(section)[0] if section.alpha == "auto" and stabilized else section.alpha
+    patterns = getattr(section, "alpha_pattern", {}).items()
+    alpha = [alpha, *(value for pattern, value in patterns if matches(pattern, entry["name"]))][-1]
+    alpha = 2.0 * rank if alpha == "auto" else alpha
+    return {"alpha": alpha, "scale": alpha / (math.sqrt(rank) if stabilized else rank)}
 
 
 # ------------------------------------------------------------------------------------------------------------

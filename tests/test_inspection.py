@@ -278,6 +278,44 @@ def test_where_ranks_were_decided_the_map_is_told(told, cli, write_recipe, tmp_p
     assert "from 4, shared" in cli("inspect", tmp_path / "run")[1]
 
 
+@pytest.mark.parametrize(
+    ("adapter", "own"),
+    [
+        ({"rank": 4, "alpha": 12, "init": "pissa"}, (4, 12, 3)),
+        ({"rank": 4, "init": "olora", "scaling": "rank_stabilized"}, (4, 16, 8)),
+        ({"rank": 4, "init": "eva", "probe": 4, "alpha_pattern": {".*": 2}}, (None, 2, 0.5)),
+        ({"method": "delta-lora", "rank": 4, "start": 1}, (4, 8, 2)),
+    ],
+    ids=lambda case: str(case.get("init", case.get("method"))) if isinstance(case, dict) else "",
+)
+def test_a_methods_own_rank_alpha_and_scale_are_told_where_its_run_is_known(
+    adapter: Found, own: tuple[int | None, float, float], told, cli, write_recipe, tmp_path: Path
+) -> None:
+    """The files, by themselves, are a LoRA of another rank and of scale 1."""
+    code, _, err = cli(
+        "train", write_recipe(adapter=adapter, training={"max_steps": 2, "batch_size": 2}), "--resume", "auto"
+    )
+    assert code == 0, err
+    shutil.copytree(tmp_path / "run" / "adapter", tmp_path / "alone")
+    rank, alpha, scale = own
+    for here, alone in zip(told(tmp_path / "run")["layers"], told(tmp_path / "alone")["layers"], strict=True):
+        assert (here["alpha"], here["scale"]) == (alpha, scale)
+        assert rank is None or here["rank"] == rank
+        assert alone["scale"] == 1 and alone["alpha"] == alone["rank"] > here["rank"] - 1
+        assert here["norm"] == alone["norm"]
+    (tmp_path / "run" / "resolved.yaml").unlink()
+    assert {entry["scale"] for entry in told(tmp_path / "run")["layers"]} == {1}
+
+
+def test_a_small_amplification_has_digits_too(told, pairs_run: Path) -> None:
+    found = told(pairs_run)
+    for value, shown in ((0.0123, "0.012"), (0.0, "0"), (21.5, "22"), (99.6, "100"), (1234.5, "1,234")):
+        for entry in found["layers"]:
+            entry["amplification"] = value
+        head, first = as_text(found).splitlines()[4:6]
+        assert "amplified" in head and f" {shown} " in first
+
+
 # ------------------------------------------------------------------------------------------------------------
 # With the base, with its configuration alone, and without
 
