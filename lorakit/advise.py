@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit import data, model_files
-from lorakit.advice import STEPS, Advice, Rule
+from lorakit.advice import Advice, Rule
 from lorakit.advice.facts import Base, Facts, Rows, setting
 from lorakit.advice.primer import PRIMER, Primer
 from lorakit.advice.rules import RULES as OF_THE_ADAPTER
@@ -115,15 +115,15 @@ def settled(facts: Facts) -> tuple[Advice, ...]:
     for _ in range(ROUNDS):
         before = now
         for rule in RULES:
-            item = rule(now)
+            item = _told(rule, facts, now)
             if item and item.settings and item.confidence != "low":
-                now, found[rule] = taken_by(now, _told(item, facts, now))
+                now, found[rule] = taken_by(now, item)
         if now is before:
             break
     for rule in RULES:
-        item = None if rule in found else rule(now)
+        item = None if rule in found else _told(rule, facts, now)
         if item:
-            found[rule] = _with_its_rate(*taken_by(now, _told(item, facts, now)))
+            found[rule] = _with_its_rate(*taken_by(now, item))
     return tuple(found[rule] for rule in RULES if rule in found)
 
 
@@ -143,9 +143,13 @@ def _nothing(facts: Facts) -> str:
     return f"nothing to advise{known}: the recipe has what the evidence has"
 
 
-def _told(item: Advice, facts: Facts, now: Facts) -> Advice:
-    """`item` beside what was written, though it was found on the recipe `now`."""
-    other = STEPS in item.source and now.steps != facts.steps
+def _told(rule: Rule, facts: Facts, now: Facts) -> Advice | None:
+    """What a rule says of the recipe `now`, beside what was written; and that it is of another recipe than
+    `facts`, where it says something else of that."""
+    item, of_yours = rule(now), rule(facts)
+    if item is None:
+        return None
+    other = of_yours is None or of_yours.why != item.why
     why = f"once the rest is taken, {item.why}" if other else item.why
     return replace(item, yours=facts.value(item.knob), why=why)
 
@@ -161,7 +165,8 @@ def taken_by(facts: Facts, item: Advice) -> tuple[Facts, Advice]:
 
 def _as_it_is(facts: Facts, primer: Primer) -> Advice:
     yours = facts.value(primer.knob)
-    return Advice(primer.knob, yours, yours, "as it is", primer.source, primer.confidence)
+    advised, why = primer.apart(facts) or (yours, "as it is")
+    return Advice(primer.knob, yours, advised, why, primer.source, primer.confidence)
 
 
 def _table(rows: Sequence[tuple[Advice, Primer | None]], with_primer: bool) -> list[str]:

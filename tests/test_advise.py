@@ -151,6 +151,7 @@ PLANTED: dict[str, tuple[dict[str, Any], str, Any]] = {
     "rows_padded": ({"data": {"packing": False}, "rows": samples(longest=1000)}, "data.packing", True),
     "nothing_held_out": ({"data": {"eval": None}}, "data.eval", 0.05),
     "large_batch": ({"training": {"batch_size": 65}}, "training.batch_size", 32),
+    "more_passes_than_helped": ({"training": {"epochs": 50}, "rows": FEW}, "training.epochs", 5),
     "seen_often_unwatched": (
         {"training": {"epochs": 4}, "rows": samples(number=4999)},
         "eval.early_stopping",
@@ -482,7 +483,54 @@ def test_one_advice_may_call_for_another(make: Callable[..., Facts]) -> None:
 def test_few_rows_without_enough_to_hold_out_get_fewer_passes(make: Callable[..., Facts]) -> None:
     facts = make(rows=samples(number=60), data={"eval": None}, training={"epochs": 10})
     assert said(facts, "nothing_held_out") is None
-    assert said(facts, "seen_often_unwatched").settings == {"training.epochs": 3}
+    assert said(facts, "more_passes_than_helped").settings == {"training.epochs": 3}
+    assert said(facts, "seen_often_unwatched") is None
+    assert "training.epochs=3" in Advised(facts, settled(facts)).settings
+
+
+def test_many_passes_become_few_and_watched(make: Callable[..., Facts]) -> None:
+    """50 epochs over 400 rows; 100 steps of 16 over 60 rows, of which a pass has 4."""
+    facts = make(rows=FEW, training={"epochs": 50})
+    taken = Advised(facts, settled(facts)).settings
+    assert {"training.epochs=5", "eval.early_stopping=3"} <= set(taken)
+    whys = {item.knob: item.why for item in settled(facts)}
+    assert whys["training.epochs"].startswith("400 samples, seen 50 times")
+    assert whys["eval.early_stopping"].startswith("once the rest is taken, 400 samples, seen 5 times")
+    large = make(rows=samples(5000), training={"epochs": 6})
+    taken = Advised(large, settled(large)).settings
+    assert "training.epochs=5" in taken
+    assert not any("early_stopping" in one for one in taken)
+    by_steps = make(rows=samples(number=60), training={"max_steps": 100})
+    item = said(by_steps, "more_passes_than_helped")
+    assert item.settings == {"training.max_steps": 5 * 4}
+    assert by_steps.taken(item.settings).passes == 5
+    stops = make(rows=FEW, training={"epochs": 50}, eval={"early_stopping": 2})
+    assert said(stops, "more_passes_than_helped") is None
+
+
+@pytest.mark.parametrize(
+    ("sections", "advised", "says"),
+    [
+        ({"training": {"epochs": 3}}, 3, "as it is"),
+        ({"training": {"epochs": 5}, "rows": FEW}, "early stopping", "5 passes over 400 samples"),
+        (
+            {"training": {"epochs": 9}, "rows": FEW, "eval": {"early_stopping": 2}},
+            "early stopping",
+            "9 passes",
+        ),
+        ({"training": {"epochs": 5}}, 5, "10,000 samples bear 5 passes"),
+        ({"training": {"max_steps": 1250}}, None, "training.max_steps decides: 2 passes"),
+        ({"training": {"epochs": 50}, "rows": FEW}, 5, "seen 50 times"),
+    ],
+)
+def test_epochs_are_as_they_are_only_beside_what_the_evidence_has(
+    sections: dict[str, Any], advised: Any, says: str, make: Callable[..., Facts]
+) -> None:
+    facts = make(**sections)
+    shown = Advised(facts, settled(facts), PRIMER).as_dict()["advice"]
+    (row,) = [row for row in shown if row["knob"] == "training.epochs"]
+    assert row["advised"] == advised
+    assert says in row["why"]
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """Guidance from evidence: rules that hold a recipe against published results and against its data.
 
 A rule looks at Facts and says one Advice or nothing; each is silent on the recipe that takes its advice. Here
-is what they say, and the papers and measurements that it rests on: facts.py has what they look at, rules.py
-and training.py the rules, primer.py what introductions say. All pure; lorakit/advise.py reads and prints.
+is what they say, and the papers and measurements that it rests on: facts.py has what they look at, rules.py,
+training.py and passes.py the rules, primer.py what introductions say. All pure; lorakit/advise.py reads and
+prints.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,8 +1,12 @@
 """What introductory articles on LoRA say, and what the evidence says of it. README.md has it at length."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from lorakit.advice import LORA, PEFT, QLORA, TML, TOOLS, Confidence
+from lorakit.advice.facts import Facts
+from lorakit.advice.passes import beside_the_primers
 
 
 @dataclass(frozen=True)
@@ -12,6 +16,7 @@ class Primer:
     evidence: str
     source: str
     confidence: Confidence  # in the evidence
+    apart: Callable[[Facts], tuple[Any, str] | None] = lambda _: None  # (advised, why) where no rule speaks
 
 
 PRIMER = (
@@ -63,6 +68,7 @@ PRIMER = (
         "1 to 3; further passes over few rows often hurt, and early stopping finds the number by itself",
         "Raschka 2023; Tulu 3",
         "medium",
+        beside_the_primers,
     ),
     Primer(
         "optimizer.name",

@@ -21,7 +21,8 @@ from lorakit.advice import (
     keep,
 )
 from lorakit.advice.facts import Facts
-from lorakit.advice.rules import FEW, PRODUCTS
+from lorakit.advice.passes import more_passes_than_helped, seen_often_unwatched
+from lorakit.advice.rules import PRODUCTS
 from lorakit.recipe.optimizer import OPTIMIZERS
 
 SMALL_BASE = 300_000_000  # parameters: what 4 bits save of them is less than half a gigabyte
@@ -33,8 +34,6 @@ RATE_OVER_ADAM = dict.fromkeys(ADAM, 1.0) | {
 }
 SMALL_STATE = 500_000_000  # bytes that are not worth rounding for
 POWERS = {"llama": 0.781, "qwen": 0.0775}  # of the hidden size, by family
-FEW_PASSES, MOST_PASSES = 3, 5  # over a small data set, over any
-PATIENCE = 3  # evaluations without a lower loss
 LARGE_BATCH, ADVISED_BATCH = 64, 32
 FEWEST_STEPS = 50
 
@@ -140,22 +139,6 @@ def nothing_held_out(facts: Facts) -> Advice | None:
     share = 0.1 if number < 1000 else 0.05
     why = f"nothing says when to stop, and adapter/ is the last step; {share:g} of {number:,} samples will do"
     return change(facts, "data.eval", share, why, DATA, "high")
-
-
-def seen_often_unwatched(facts: Facts) -> Advice | None:
-    """Many passes over few rows: stop when the held-out loss does, or make fewer passes."""
-    if facts.recipe.eval.early_stopping or facts.samples is None or facts.passes is None:
-        return None
-    most = MOST_PASSES if facts.samples >= FEW else FEW_PASSES
-    if facts.passes <= most or facts.rows is None or facts.rows.stream:
-        return None
-    why = f"{facts.samples:,} samples, seen {facts.passes:.3g} times: further passes over them often hurt"
-    source = f"Raschka 2023, 2 passes in Tulu 3; {DATA}"
-    if facts.recipe.data.eval is not None:
-        return change(facts, "eval.early_stopping", PATIENCE, why, source, "medium")
-    if facts.recipe.training.max_steps is not None:
-        return None
-    return change(facts, "training.epochs", FEW_PASSES, why, source, "medium")
 
 
 def stopping_that_cannot_happen(facts: Facts) -> Advice | None:
@@ -358,6 +341,7 @@ RULES: tuple[Rule, ...] = (
     rows_padded,
     nothing_held_out,
     large_batch,
+    more_passes_than_helped,
     seen_often_unwatched,
     few_steps,
     stopping_that_cannot_happen,
