@@ -51,5 +51,5 @@ def beside_the_primers(facts: Facts) -> tuple[Any, str] | None:
         return "1 to 3", f"{training.epochs} passes are more; how many rows there are could not be judged"
     if facts.samples >= FEW and not facts.recipe.eval.early_stopping:
         return training.epochs, f"{facts.samples:,} samples bear {training.epochs} passes better than few do"
-    why = f"{training.epochs} passes over {facts.samples:,} samples: eval.early_stopping is to end them in time"
+    why = f"{training.epochs} passes over {facts.samples:,} samples: eval.early_stopping ends them in time"
     return "early stopping", why
