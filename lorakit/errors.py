@@ -95,6 +95,12 @@ def as_told(error: Exception, verb: str) -> LorakitError | None:
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """`Did you mean "rank"?` when one of `choices` is near `word`, else the empty string."""
+    near = nearest(word, choices)
+    return f'Did you mean "{near}"?' if near else ""
+
+
+def nearest(word: str, choices: Iterable[str]) -> str | None:
+    """The one of `choices` that `word` may be a slip of."""
     by_lower = {choice.lower(): choice for choice in choices}
     near = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
-    return f'Did you mean "{by_lower[near[0]]}"?' if near else ""
+    return by_lower[near[0]] if near else None

@@ -216,9 +216,10 @@ def check_start(
         if value in (None, "auto") and not recipe.written(f"adapter.{pattern}"):
             continue
         for target in wanted:
-            actual = getattr(there[target.layer.name], attribute)
-            if actual != getattr(target, attribute):
-                message = f"{getattr(target, attribute)}, but start_from has {actual} at {target.layer.name}"
+            own, actual = (getattr(one, attribute) for one in (target, there[target.layer.name]))
+            if actual != own:
+                message = f"{own}, but start_from has {actual} at {target.layer.name}"
+                message += f"; delete {field}: it comes from there"
                 found.append((f"adapter.{field}", message))
                 break
     if "rank" not in TRAITS[section.method].taken_over:

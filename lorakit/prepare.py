@@ -36,7 +36,7 @@ from lorakit.plan import (
     make_plan,
 )
 from lorakit.recipe import Recipe
-from lorakit.recipe.adapter import too_few_steps
+from lorakit.recipe.adapter import too_few_rows, too_few_steps
 from lorakit.recipe.optimizer import elsewhere
 from lorakit.recipe.traits import TRAITS
 from lorakit.targets import Target, select_rows
@@ -71,8 +71,10 @@ def prepare(recipe: Recipe, record: dict[str, Any], ranks: Accelerator) -> Prepa
     tokens = tokens_of(recipe, tokenizer)
     rows, held_out = load_rows(recipe, tokenizer)
     total_steps = count_steps(recipe, rows.tokens.num_draws)
-    if few := [recipe.problem(*found) for found in too_few_steps(recipe.adapter, total_steps)]:
-        raise RecipeError(few)
+    few = [*too_few_steps(recipe.adapter, total_steps)]
+    few += too_few_rows(recipe.adapter, rows.tokens.num_draws)
+    if few:
+        raise RecipeError(recipe.problem(*found) for found in few)
 
     decisions = {name: Decision(**d) for name, d in record.get("decisions", {}).items()}
     if not decisions:

@@ -303,7 +303,10 @@ def test_start_from_continues_with_a_fresh_optimizer(write_recipe, cli, tiny: Pa
     assert {m["rank"] for m in modules} == {4}
     assert len(modules) == 8
     for wrong, text in (
-        ({"rank": 8}, "adapter.rank: 8, but start_from has 4"),
+        (
+            {"rank": 8},
+            "adapter.rank: 8, but start_from has 4 at model.layers.0.self_attn.q_proj; delete rank",
+        ),
         ({"alpha": 9}, "adapter.alpha: 9.0, but start_from has 4.0"),
         ({"targets": "mlp"}, "adapter.targets: not the layers of start_from"),
         ({"scaling": "rank_stabilized"}, "adapter.scaling"),

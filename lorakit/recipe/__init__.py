@@ -24,7 +24,7 @@ from lorakit.recipe import task as task_section
 from lorakit.recipe import training as training_section
 from lorakit.recipe.adapter import Adapter
 from lorakit.recipe.data import Data
-from lorakit.recipe.explain import TAGGED, explain, key_of
+from lorakit.recipe.explain import TAGGED, as_meant, explain, key_of
 from lorakit.recipe.methods import Lora
 from lorakit.recipe.model import Model
 from lorakit.recipe.optimizer import AdamW, Optimizer
@@ -126,13 +126,13 @@ def _checked(written: source.Source) -> Recipe:
     """Raises: RecipeError with every problem of what was written."""
     _resolve_paths(written)
     problems = list(written.problems)
-    recipe: Recipe | None
-    try:
-        recipe = _validated(written)
-    except ValidationError as error:
-        known = {problem.field for problem in problems}
-        problems += [found for found in explain(error, written, Recipe) if found.field not in known]
-        recipe = _without_broken_fields(error, written)
+    recipe, found = _as_far_as_right(written)
+    if found and (meant := as_meant(written)):
+        recipe, more = _as_far_as_right(meant)
+        found += more
+    for problem in found:
+        if problem.field not in {other.field for other in problems}:
+            problems.append(problem)
     if recipe is not None:
         problems += [recipe.problem(field, message) for field, message in conflicts(recipe, recipe.written)]
     if problems or recipe is None:
@@ -143,6 +143,14 @@ def _checked(written: source.Source) -> Recipe:
 def conflicts(recipe: Recipe, written: Callable[[str], Any]) -> list[tuple[str, str]]:
     """(field, message) of everything that contradicts something else or has no effect."""
     return [found for rule in CONFLICTS for found in rule(recipe, written)]
+
+
+def _as_far_as_right(written: source.Source) -> tuple[Recipe | None, list[Problem]]:
+    """(the recipe without what is wrong with it, if that leaves one; what is wrong with it)."""
+    try:
+        return _validated(written), []
+    except ValidationError as error:
+        return _without_broken_fields(error, written), explain(error, written, Recipe)
 
 
 def _validated(written: source.Source) -> Recipe:

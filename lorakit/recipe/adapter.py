@@ -57,6 +57,14 @@ def too_few_steps(adapter: Any, steps: int) -> Conflicts:
             yield "training.max_steps", message
 
 
+def too_few_rows(adapter: Any, rows: int) -> Conflicts:
+    """Where a method, or a start, looks at more samples than the `rows` of an epoch."""
+    probe = getattr(adapter, "probe", 0)
+    if isinstance(probe, int) and probe > rows:
+        cure = f"write at most {rows}, or a share of them such as 0.1"
+        yield "adapter.probe", f"{probe} samples, but an epoch has {rows}: {cure}"
+
+
 def _lora_conflicts(adapter: Lora, written: Written) -> Conflicts:
     if adapter.start_from is not None and written("adapter.train_tokens") is not None:
         yield "adapter.train_tokens", "has no effect with start_from: the tokens come from there; delete it"

@@ -7,9 +7,10 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import ValidationError
 
-from lorakit.errors import Problem, did_you_mean
+from lorakit.errors import Problem, did_you_mean, nearest
 from lorakit.recipe import adapter, optimizer, schedule
 from lorakit.recipe.inits import INITS
+from lorakit.recipe.known_as import FIELDS, NAMES, STARTS, Known, cure_of_field
 from lorakit.recipe.section import Section, Tagged
 from lorakit.recipe.source import Key, Source
 from lorakit.recipe.words import expected, show
@@ -37,36 +38,6 @@ TAGGED: dict[str, Tagged] = {
     "schedule": schedule.TAGGED,
 }
 
-# What users call a method, an optimizer, a schedule, or a setting of one -> what to write.
-_ADAM, _LION = "Write name: adamw.", "Write name: lion; its state is one number of 32 bits."
-KNOWN_AS = {
-    "rslora": "Write method: lora with scaling: rank_stabilized.",
-    "lora+": "Write method: lora with optimizer.lr_ratio: lora+.",
-    "qlora": "Write method: lora with model.quantize: nf4.",
-    "bitfit": "Write method: full with train_only: [bias].",
-    "freeze": "Write method: full with train_only.",
-    "oft": "Write method: peft with type: OFT.",
-    "ia3": "Write method: peft with type: IA3.",
-    "loha": "Write method: peft with type: LOHA.",
-    "lokr": "Write method: peft with type: LOKR.",
-    **{name: f"Write method: lora with init: {name}." for name in INITS},
-    **dict.fromkeys(("adam", "adamw_torch", "adamw_torch_fused", "adamw_hf", "fused_adamw"), _ADAM),
-    **dict.fromkeys(("adam8bit", "adamw8bit", "adamw_bnb_8bit", "adam_8bit"), "Write name: adamw_8bit."),
-    **dict.fromkeys(
-        ("paged_adamw", "paged_adamw_32bit", "pagedadamw8bit"), "What pages is called paged_adamw_8bit."
-    ),
-    **dict.fromkeys(("lion_32bit", "lion_8bit", "paged_lion_8bit", "paged_lion_32bit"), _LION),
-    **dict.fromkeys(("sophiag", "sophia-g", "sophia_g"), "Write name: sophia."),
-    **dict.fromkeys(("sophiah", "sophia-h", "sophia_h"), "Sophia-G is here: name: sophia."),
-    **dict.fromkeys(
-        ("cosine_with_min_lr", "cosine_warmup_with_min_lr"), "Write name: cosine with a floor above 0."
-    ),
-    "constant_with_warmup": "Write name: constant; every schedule has a warmup.",
-    "polynomial": "Write name: linear with a floor.",
-    **dict.fromkeys(("inverse_sqrt", "rsqrt"), "Write name: inverse-sqrt."),
-    **dict.fromkeys(("warmup_stable_decay", "trapezoid", "trapezoidal"), "Write name: wsd."),
-}
-
 
 def explain(error: ValidationError, written: Source, recipe: type[Section]) -> list[Problem]:
     """One problem per place: pydantic reports one per member of a union, here the deepest of a field
@@ -82,17 +53,16 @@ def explain(error: ValidationError, written: Source, recipe: type[Section]) -> l
             tagged = TAGGED[str(path[0])]
             path = (*path, tagged.field)
             tag, known = _value(path, written), " or ".join(f'"{name}"' for name in tagged.types)
-            hint = ""
-            if isinstance(tag, str):
-                hint = KNOWN_AS.get(tag.lower()) or did_you_mean(tag, tagged.types)
-            message = f"expected {known}, got {show(tag)}. {hint}".rstrip()
+            message = f"expected {known}, got {show(tag)}. {_meant(tag, tagged)[1]}".rstrip()
+            for problem in _of_no_type(path, written, tagged):
+                problems.setdefault((path[0], problem.field.partition(".")[2]), problem)
         elif kind == "extra_forbidden":
             message = _unknown(path, written, recipe)
         elif kind in empty:
             message = "must not be empty"
         elif path and (found := _field(path, written, recipe)):
             message = f"expected {expected(*found)}, got {show(_value(path, written))}"
-            if path == ("adapter", "init") and (hint := _start(_value(path, written))):
+            if hint := _of_value(path, written, recipe):
                 message += f". {hint}"
         else:
             message = str(item["msg"])
@@ -101,14 +71,64 @@ def explain(error: ValidationError, written: Source, recipe: type[Section]) -> l
     return [problem for key, problem in problems.items() if key not in deep]
 
 
-def _start(value: Any) -> str:
-    """What to write for a start as PEFT spells it, or one that is near it."""
+def as_meant(written: Source) -> Source | None:
+    """What was written with the unknown names of methods, optimizers and schedules replaced by what they
+    surely mean, so that the rest of their sections can be checked; None where there is nothing to replace."""
+    values = dict(written.values)
+    for name, tagged in TAGGED.items():
+        block = values.get(name)
+        tag = tagged.tag(block) if isinstance(block, dict) else None
+        if isinstance(block, dict) and tag not in list(tagged.types) and (meant := _meant(tag, tagged)[0]):
+            values[name] = {**meant, **block, tagged.field: meant[tagged.field]}
+    replaced = any(values[name] is not written.values[name] for name in values)
+    return Source(written.name, values, written.places, written.folders) if replaced else None
+
+
+def _meant(tag: Any, tagged: Tagged) -> Known:
+    """(what a section with an unknown name is meant to be, or nothing; what to write)."""
+    if not isinstance(tag, str):
+        return {}, ""
+    fields, hint = NAMES.get(tag.lower(), ({}, ""))
+    if fields.get(tagged.field) in tagged.types:
+        return fields, hint
+    near = nearest(tag, tagged.types)
+    return ({tagged.field: near}, f'Did you mean "{near}"?') if near else ({}, "")
+
+
+def _of_no_type(path: Key, written: Source, tagged: Tagged) -> Iterator[Problem]:
+    """The fields beside an unknown name (at `path`) that no type of its section has."""
+    section, known = str(path[0]), {name for t in tagged.types.values() for name in t.model_fields}
+    if _meant(_value(path, written), tagged)[0]:
+        return  # they are checked as what is meant
+    for name in (name for name in _value(path[:1], written) if name not in known):
+        hint = cure_of_field(name, section) or did_you_mean(name, known)
+        message = f"not a field of any {tagged.word}. {hint}".rstrip()
+        yield Problem(written.place((section, name)), f"{section}.{name}", message)
+
+
+def _of_value(path: Key, written: Source, recipe: type[Section]) -> str:
+    """What to write in place of a value of the wrong kind, where that is known."""
+    value = _value(path, written)
+    section = _section_of(path, written, recipe)[0] if path == ("adapter", "init") else None
+    if section:
+        return _start(value, section)
+    if path[0] in TAGGED and len(path) == 1 and isinstance(value, str):
+        tagged = TAGGED[str(path[0])]
+        return f"Write {{{tagged.field}: {value}}}." if value in tagged.types else _meant(value, tagged)[1]
+    return ""
+
+
+def _start(value: Any, section: type[Section]) -> str:
+    """What to write for a start as others spell it, one that is near it, or one that only lora has."""
     text = str(value).lower()
     if text.startswith("pissa_niter"):
         return "Write init: pissa with init_svd: fast."
-    if text in ("true", "kaiming", "kaiming_uniform"):
-        return "Write init: default."
-    return did_you_mean(text, INITS)
+    if text in STARTS:
+        return STARTS[text]
+    near = nearest(text, INITS)
+    if near and near not in get_args(section.model_fields["init"].annotation):
+        return f"init: {near} is lora's; write method: lora, or init: default"
+    return f'Did you mean "{near}"?' if near else ""
 
 
 def _value(path: Key, written: Source) -> Any:
@@ -159,26 +179,40 @@ def _inner(path: Key, section: type[Section]) -> type[Section] | None:
 
 def _unknown(path: Key, written: Source, recipe: type[Section]) -> str:
     name = str(path[-1])
+    cure = cure_of_field(name, str(path[0])) if len(path) < 3 else ""
     if len(path) == 1:
         names = [*recipe.model_fields, "extends"]
-        return f"not a section. {did_you_mean(name, names) or 'Sections: ' + ', '.join(names)}".rstrip()
+        cure = cure or did_you_mean(name, names) or "Sections: " + ", ".join(names)
+        return f"not a section. {cure}"
     section, label = _section_of(path, written, recipe)
     if section and (inner := _inner(path, section)):
         section, label = inner, f"{path[0]}.{path[1]}"
     known = list(section.model_fields) if section else []
+    called = ""
+    if cure:
+        home, _, field = FIELDS[name][0].partition(".")
+        if home != path[0] or field in known:
+            return f"not a field of {label}. {cure}"
+        called, name = f"Here it is called {field}. ", field
     if reason := getattr(section, "lacks", {}).get(name):
         return f"not a field of {label}: {reason}"
-    homes = []
-    for home, types in sorted(_sections(recipe).items(), key=lambda item: (item[0] != path[0], len(item[1]))):
+    hint = _home(name, str(path[0]), section, recipe) or did_you_mean(name, known)
+    return f"not a field of {label}. {called}{hint or 'Fields: ' + ', '.join(known) + '.'}"
+
+
+def _home(name: str, here: str, section: type[Section] | None, recipe: type[Section]) -> str:
+    """Where a field that `section`, one of the types of `here`, lacks belongs; empty where nothing has it."""
+    for home, types in sorted(_sections(recipe).items(), key=lambda item: (item[0] != here, len(item[1]))):
         having = [t for t in types if name in t.model_fields and t is not section]
         if having and len(having) == len(types):
-            homes.append(f'section "{home}"')
-        elif having:
+            return f'It is a field of section "{home}".'
+        if having:
             tagged = TAGGED[home]
-            tag = next(tag for tag, section_type in tagged.types.items() if section_type is having[0])
-            homes.append(f'{tagged.word} "{tag}"')
-    hint = f"It is a field of {homes[0]}." if homes else did_you_mean(name, known)
-    return f"not a field of {label}. {hint or 'Fields: ' + ', '.join(known) + '.'}"
+            tags = [f'"{tag}"' for tag, section_type in tagged.types.items() if section_type in having]
+            names = " and ".join(filter(None, (", ".join(tags[:-1]), tags[-1])))
+            cure = f"; delete it, or write another {home}.{tagged.field}" if home == here else ""
+            return f"It is a field of {tagged.word} {names}{cure}."
+    return ""
 
 
 def _field(path: Key, written: Source, recipe: type[Section]) -> tuple[dict[str, Any], dict[str, Any]] | None:

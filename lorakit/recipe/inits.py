@@ -88,7 +88,7 @@ INITS: dict[str, Init] = {
         "gives back a part of what quantization took, a small one at small ranks; step 0 is not the base",
         "arXiv 2310.08659",
         refuses={
-            "unquantized": "there is nothing to give back: model.quantize is none",
+            "unquantized": "there is nothing to give back: model.quantize is none; write nf4 there",
             "embedding": _EMBEDDING,
             "experts": _EXPERTS,
         },

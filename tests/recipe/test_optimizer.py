@@ -127,6 +127,12 @@ REFUSED = [
         "optimizer: {learning_rate: 1}",
         "4:13",
         "optimizer.learning_rate",
+        'not a field of optimizer "adamw". Write lr.',
+    ),
+    (
+        "optimizer: {zzz: 1}",
+        "4:13",
+        "optimizer.zzz",
         'not a field of optimizer "adamw". Fields: name, lr, weight_decay, lr_ratio, max_grad_norm, betas,'
         " eps.",
     ),
@@ -140,19 +146,22 @@ REFUSED = [
         "optimizer: {momentum: 0.9}",
         "4:13",
         "optimizer.momentum",
-        'not a field of optimizer "adamw". It is a field of optimizer "sgd".',
+        'not a field of optimizer "adamw". It is a field of optimizer "sgd"; delete it, or write another'
+        " optimizer.name.",
     ),
     (
         "optimizer: {name: sgd, rho: 0.9}",
         "4:24",
         "optimizer.rho",
-        'not a field of optimizer "sgd". It is a field of optimizer "sophia".',
+        'not a field of optimizer "sgd". It is a field of optimizer "sophia"; delete it, or write another'
+        " optimizer.name.",
     ),
     (
         "optimizer: {every: 3}",
         "4:13",
         "optimizer.every",
-        'not a field of optimizer "adamw". It is a field of optimizer "sophia".',
+        'not a field of optimizer "adamw". It is a field of optimizer "sophia"; delete it, or write another'
+        " optimizer.name.",
     ),
     (
         "optimizer: {warmup: 3}",
@@ -164,13 +173,15 @@ REFUSED = [
         "schedule: {name: constant, floor: 0.1}",
         "4:28",
         "schedule.floor",
-        'not a field of schedule "constant". It is a field of schedule "cosine".',
+        'not a field of schedule "constant". It is a field of schedule "cosine", "linear" and "wsd"; delete'
+        " it, or write another schedule.name.",
     ),
     (
         "schedule: {decay: 0.1}",
         "4:12",
         "schedule.decay",
-        'not a field of schedule "cosine". It is a field of schedule "wsd".',
+        'not a field of schedule "cosine". It is a field of schedule "wsd"; delete it, or write another'
+        " schedule.name.",
     ),
     ("schedule: {floor: 1}", "4:12", "schedule.floor", "expected a number >= 0 and < 1, got 1."),
     ("schedule: {name: wsd, decay: -1}", "4:23", "schedule.decay", "or a whole number >= 0, got -1."),

@@ -8,10 +8,12 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from lorakit.errors import LorakitError, Problem, RecipeError
 from lorakit.recipe import Recipe, dump, fingerprint, is_hub_id, load_recipe
+from lorakit.recipe.explain import TAGGED
+from lorakit.recipe.known_as import FIELDS, NAMES
 
 MINIMAL = "model: {path: m}\ndata: {train: d.jsonl}\noutput: o\n"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -261,7 +263,27 @@ WRONG = [
     ("adapter: 3", "4:1", "adapter", "a mapping", "got 3"),
     ("adapter: [rank]", "4:1", "adapter", "a mapping", 'got ["rank"]'),
     ("adapter:", "4:1", "adapter", "a mapping", "got null"),
-    ("optimizer: adamw", "4:1", "optimizer", "a mapping", 'got "adamw"'),
+    ("optimizer: adamw", "4:1", "optimizer", 'a mapping, got "adamw"', "Write {name: adamw}"),
+    ("optimizer: adamw_torch", "4:1", "optimizer", 'a mapping, got "adamw_torch"', "Write name: adamw"),
+    ("schedule: cosine", "4:1", "schedule", 'a mapping, got "cosine"', "Write {name: cosine}"),
+    ("adapter: lora-fa", "4:1", "adapter", 'a mapping, got "lora-fa"', "Write {method: lora-fa}"),
+    ("adapter: qlora", "4:1", "adapter", "a mapping", "method: lora with model.quantize: nf4"),
+    ("adapter: zzz", "4:1", "adapter", "a mapping", 'got "zzz"'),
+    *(
+        (
+            f"adapter: {{method: {method}, init: {init}}}",
+            f"4:{21 + len(method)}",
+            "adapter.init",
+            f'expected "default" or "gaussian" or "orthogonal", got "{init}". ',
+            f"init: {meant} is lora's; write method: lora, or init: default",
+        )
+        for method in ("dora", "lora-fa", "delta-lora", "lora-drop")
+        for init, meant in (("pissa", "pissa"), ("eva", "eva"), ("olroa", "olora"), ("loftq", "loftq"))
+    ),
+    *(
+        (f"adapter: {{init: {init}}}", "4:11", "adapter.init", f'got "{init}". It is not in lorakit', "pissa")
+        for init in ("lora_ga", "corda")
+    ),
 ]
 
 
@@ -334,13 +356,22 @@ UNKNOWN = [
         "adapter: {method: full, rank: 8}",
         "4:25",
         "adapter.rank",
-        'not a field of method "full". It is a field of method "lora".',
+        'not a field of method "full". It is a field of method "lora", "dora", "lora-fa", "vera",'
+        ' "delta-lora" and "lora-drop"; delete it, or write another adapter.method.',
+    ),
+    (
+        "adapter: {method: vera, init: orthogonal}",
+        "4:25",
+        "adapter.init",
+        'not a field of method "vera". It is a field of method "lora", "dora", "lora-fa", "delta-lora" and'
+        ' "lora-drop"; delete it, or write another adapter.method.',
     ),
     (
         "adapter: {method: dora, train_tokens: [1]}",
         "4:25",
         "adapter.train_tokens",
-        'not a field of method "dora". It is a field of method "lora".',
+        'not a field of method "dora". It is a field of method "lora"; delete it, or write another'
+        " adapter.method.",
     ),
     (
         "log: {zzz: 1}",
@@ -355,10 +386,10 @@ UNKNOWN = [
         METHODS + ', got "lroa". Did you mean "lora"?',
     ),
     (
-        "adapter: {method: IA3}",
+        "adapter: {method: oft}",
         "4:11",
         "adapter.method",
-        METHODS + ', got "IA3". Write method: peft with type: IA3',
+        METHODS + ', got "oft". Write method: peft with type: OFT',
     ),
     (
         "adapter: {method: rslora}",
@@ -373,7 +404,7 @@ UNKNOWN = [
             "adapter.method",
             METHODS + f', got "{name}". Write method: lora with init: {name}.',
         )
-        for name in ("pissa", "olora", "eva", "loftq", "orthogonal")
+        for name in ("pissa", "olora", "eva", "orthogonal")
     ),
     ("adapter: {method: 3}", "4:11", "adapter.method", METHODS + ", got 3"),
 ]
@@ -386,6 +417,86 @@ def test_an_unknown_name_is_refused_with_the_nearest_or_the_right_one(
     found = problem(more + "\n")
     assert (found.where, found.field) == (f"r.yaml:{place}", field)
     assert found.message.rstrip(".") == message.rstrip(".")
+
+
+def test_what_is_wrong_beside_an_unknown_name_is_told_with_it() -> None:
+    sections = {
+        "adapter": "{method: rslora, r: 8, lora_alpha: 16, dropout: 2, init_lora_weights: pissa}",
+        "optimizer": "{name: adamw_torch, learning_rate: 1e-4, adam_beta1: 0.9}",
+        "schedule": "{name: cosine_with_min_lr, min_lr: 1e-5, warmup_ratio: 0.1}",
+        "num_train_epochs": "3",
+    }
+    with pytest.raises(RecipeError) as caught:
+        load("".join(f"{name}: {text}\n" for name, text in sections.items()))
+    found = {problem.field: problem.message.split('". ', 1)[-1] for problem in caught.value.problems}
+    assert found == {
+        "adapter.method": "Write method: lora with scaling: rank_stabilized.",
+        "adapter.r": "Write rank.",
+        "adapter.lora_alpha": "Write alpha.",
+        "adapter.dropout": "expected a number >= 0 and < 1, got 2",
+        "adapter.init_lora_weights": "Write init.",
+        "optimizer.name": "Write name: adamw.",
+        "optimizer.learning_rate": "Write lr.",
+        "optimizer.adam_beta1": "Write betas: [beta1, beta2].",
+        "schedule.name": "Write name: cosine with a floor above 0.",
+        "schedule.min_lr": "Write floor: min_lr / lr, a share of the peak.",
+        "schedule.warmup_ratio": "Write warmup.",
+        "num_train_epochs": "not a section. Write training.epochs.",
+    }
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        # what the section is meant to be cannot be had
+        ("adapter: {method: loftq}", {"adapter.method": "init: loftq", "adapter.init": "write nf4 there"}),
+        # meant is one of its types, which lacks what is here under another name
+        ("adapter: {method: vera, lora_alpha: 8}", {"adapter.lora_alpha": "VeRA has no scale"}),
+        (
+            "schedule: {name: constant_with_warmup, min_lr: 0}",
+            {
+                "schedule.name": "name: constant",
+                "schedule.min_lr": 'is called floor. It is a field of schedule "',
+            },
+        ),
+        # nothing tells what is meant
+        (
+            "optimizer: {name: zzz, lr: 1, learning_rate: 1, momentun: 0, zzz: 1}",
+            {
+                "optimizer.name": 'got "zzz".',
+                "optimizer.learning_rate": "not a field of any optimizer. Write lr.",
+                "optimizer.momentun": 'Did you mean "momentum"?',
+                "optimizer.zzz": "not a field of any optimizer.",
+            },
+        ),
+        ("optimizer: {name: {a: 1}, zzz: 1}", {"optimizer.name": "", "optimizer.zzz": "of any optimizer."}),
+        ("training: {r: 1}", {"training.r": "Write adapter.rank."}),
+    ],
+)
+def test_the_fields_beside_a_name(more: str, told: dict[str, str]) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load(more + "\n")
+    found = {problem.field: problem.message for problem in caught.value.problems}
+    assert found.keys() == told.keys()
+    assert all(text in found[field] for field, text in told.items()), found
+
+
+def test_what_is_advised_for_the_names_of_others_is_there() -> None:
+    properties = {
+        name: TypeAdapter(field.annotation).json_schema() for name, field in Recipe.model_fields.items()
+    }
+    for name, (place, _) in FIELDS.items():
+        section, _, field = place.partition(".")
+        assert section in properties, name
+        schema = properties[section]
+        kinds = schema.get("$defs", {}).values() if section in TAGGED else [schema]
+        assert not field or any(field in kind.get("properties", {}) for kind in kinds), name
+        assert all(name not in kind.get("properties", {}) for kind in kinds), name
+    for name, (fields, hint) in NAMES.items():
+        (section,) = (s for s, t in TAGGED.items() if t.field in fields and fields[t.field] in t.types)
+        tag = fields[TAGGED[section].field]
+        assert tag in hint, name
+        TAGGED[section].types[tag].model_validate(fields)
 
 
 @pytest.mark.parametrize(
