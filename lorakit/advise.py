@@ -23,9 +23,10 @@ from lorakit import data, model_files
 from lorakit.advice import Advice, Rule
 from lorakit.advice.facts import Base, Facts, Rows, setting
 from lorakit.advice.primer import PRIMER, Primer
+from lorakit.advice.rates import RULES as OF_THE_RATE
+from lorakit.advice.rates import learning_rate
 from lorakit.advice.rules import RULES as OF_THE_ADAPTER
 from lorakit.advice.training import RULES as OF_THE_TRAINING
-from lorakit.advice.training import learning_rate
 from lorakit.data.render import check_tokenizer
 from lorakit.errors import LorakitError, RecipeError
 from lorakit.recipe import Recipe, load_recipe
@@ -34,7 +35,7 @@ from lorakit.terminal import harmless
 from lorakit.tokenizer import load_tokenizer, quiet
 from lorakit.validate import problems_of
 
-RULES: tuple[Rule, ...] = (*OF_THE_ADAPTER, *OF_THE_TRAINING)
+RULES: tuple[Rule, ...] = (*OF_THE_ADAPTER, *OF_THE_TRAINING, *OF_THE_RATE)
 UNCUT = 1 << 30  # tokens: a data.max_length that no row reaches
 ROUNDS = 4  # taking one advice may call for another: a larger rank, for its scaling
 
@@ -109,22 +110,34 @@ def advise(path: Path, overrides: Sequence[str] = (), profile: str | None = None
 
 def settled(facts: Facts) -> tuple[Advice, ...]:
     """The advice of all rules: that of more than low confidence each asked about the recipe that has taken
-    the others' already; what is only to be tried, and words, about the recipe that has taken all of that."""
-    found: dict[Rule, Advice] = {}
+    the others' already, one for each knob; what is only to be tried, and words, about the recipe that has
+    taken all of that. Nothing is advised that is written."""
     now = facts
+    changes: dict[str, tuple[Rule, Advice]] = {}
+    values: dict[str, Any] = {}
     for _ in range(ROUNDS):
         before = now
         for rule in RULES:
             item = _told(rule, facts, now)
-            if item and item.settings and item.confidence != "low":
-                now, found[rule] = taken_by(now, item)
+            if item and item.settings and item.confidence != "low" and (after := taken_by(now, item)):
+                changes[item.knob] = rule, item
+                values |= item.settings
+                now = after
         if now is before:
             break
+    found = []
     for rule in RULES:
-        item = None if rule in found else _told(rule, facts, now)
-        if item:
-            found[rule] = _with_its_rate(*taken_by(now, item))
-    return tuple(found[rule] for rule in RULES if rule in found)
+        for by, item in changes.values():
+            advised = values.get(item.knob, item.advised)  # another rule's advice may have moved it further
+            if by is rule and advised != item.yours:
+                kept = {name: values[name] for name in item.settings if values[name] != facts.value(name)}
+                found.append(replace(item, advised=advised, settings=kept))
+        last = _told(rule, facts, now)
+        untouched = last and last.knob not in changes and now.value(last.knob) == last.yours
+        if last and (last.settings or untouched):
+            after = taken_by(now, last) if last.confidence == "low" else None
+            found.append(_with_its_rate(after, last) if after else replace(last, settings={}))
+    return tuple(found)
 
 
 def _with_its_rate(after: Facts, item: Advice) -> Advice:
@@ -154,13 +167,12 @@ def _told(rule: Rule, facts: Facts, now: Facts) -> Advice | None:
     return replace(item, yours=facts.value(item.knob), why=why)
 
 
-def taken_by(facts: Facts, item: Advice) -> tuple[Facts, Advice]:
-    """(the facts of the recipe that takes `item`, `item`): where other fields of the recipe stand against it,
-    the same facts, and the advice without its settings."""
+def taken_by(facts: Facts, item: Advice) -> Facts | None:
+    """The facts of the recipe that takes `item`; None where other fields of the recipe stand against it."""
     try:
-        return facts.taken(item.settings), item
+        return facts.taken(item.settings)
     except LorakitError:
-        return facts, replace(item, settings={})
+        return None
 
 
 def _as_it_is(facts: Facts, primer: Primer) -> Advice:

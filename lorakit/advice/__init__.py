@@ -2,8 +2,8 @@
 
 A rule looks at Facts and says one Advice or nothing; each is silent on the recipe that takes its advice. Here
 is what they say, and the papers and measurements that it rests on: facts.py has what they look at, rules.py,
-training.py and passes.py the rules, primer.py what introductions say. All pure; lorakit/advise.py reads and
-prints.
+training.py, passes.py and rates.py the rules, primer.py what introductions say. All pure; lorakit/advise.py
+reads and prints.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,7 +26,6 @@ PEFT = "PEFT's method_comparison, 2026, one seed"
 ADALORA = "AdaLoRA 2303.10512"
 VERA = "VeRA 2310.11454"
 PISSA = "PiSSA 2404.02948"
-RSLORA = "rsLoRA 2312.03732"
 TOOLS = "what other tools default to; no comparison known"
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from lorakit.plan import choose_targets, count_steps
 from lorakit.recipe import Recipe, load_recipe
 from lorakit.recipe.methods import auto_alpha
-from lorakit.recipe.traits import TRAITS
+from lorakit.recipe.traits import TRAITS, init_of
 from lorakit.shapes import Shapes
 from lorakit.targets import Target, select_modules
 
@@ -152,6 +152,24 @@ class Facts:
         alpha = auto_alpha(section)[0] if alpha == "auto" else alpha
         root = getattr(section, "scaling", "") == "rank_stabilized"
         return float(alpha / (section.rank**0.5 if root else section.rank) * self.scale_factor)
+
+    @property
+    def step_alpha(self) -> float | None:
+        """scale * rank, which is alpha at standard scaling: what Adam's first steps of W go with.
+
+        With B = 0 a step moves W by scale * dB A. Adam moves every number of B by about its learning rate,
+        whatever scale and rank are, and the rank products of a sum have one sign: scale * rank * lr.
+        None where that is not so: no such factors, or a start that is W's own and so as large as W; and where
+        start_from brings it.
+        """
+        if self.scale is None or self.starts_in_weight or self.value("adapter.start_from"):
+            return None
+        return float(self.scale * self.adapter.rank)
+
+    @property
+    def starts_in_weight(self) -> bool:
+        """Whether the factors start as a part of W (PiSSA, OLoRA): the smaller the scale, the larger they."""
+        return init_of(self.adapter).pairs == 2
 
     @property
     def scale_factor(self) -> float:

@@ -1,5 +1,6 @@
 """Rules on the adapter: its method, where it sits, how large it is, how strongly it acts."""
 
+from dataclasses import replace
 from typing import Any
 
 from lorakit.advice import (
@@ -10,7 +11,6 @@ from lorakit.advice import (
     PEFT,
     PISSA,
     QLORA,
-    RSLORA,
     STEPS,
     TML,
     VERA,
@@ -27,7 +27,8 @@ from lorakit.targets import is_attention, select
 
 PRODUCTS = ("lora", "dora", "lora-fa", "delta-lora", "lora-drop")  # rank, alpha, targets as LoRA has them
 FEW = 5000  # samples of a small data set
-SMALLEST_SCALE, LARGEST_SCALE = 0.5, 8.0
+SWEPT_ALPHA = 32  # of the learning-rate sweeps, at every rank
+SMALLEST_ALPHA, LARGEST_ALPHA = 8, 512  # scale * rank: PEFT's default; twice the rank at 256
 LARGEST_RANK = 256  # the largest that the comparisons tried
 PRUNING_STEPS = 200  # below that AdaLoRA has few decisions, and little time after them
 
@@ -62,8 +63,11 @@ def full_on_few_rows(facts: Facts) -> Advice | None:
     if facts.samples >= FEW:
         return None
     size = f": 16 bytes for each of {facts.base.shapes.num_parameters:,} parameters" if facts.base else ""
-    why = f"with {facts.samples:,} samples LoRA ends where full fine-tuning does (0.478 and 0.472 on GSM8K)"
-    return _to_lora(facts, f"{why}, which needs far more memory{size}", f"{TML}; {PEFT}", "medium")
+    why = (
+        f"for tasks near what the base can do LoRA ends where full fine-tuning does (0.478, 0.472 on GSM8K),"
+        f" and {facts.samples:,} samples are few{size}. Not so on lorakit's own tiny base: 1.343, full 1.064"
+    )
+    return _to_lora(facts, why, f"{TML}; {PEFT}; scripts/compare_methods.py", "low")
 
 
 def dora_of_high_rank(facts: Facts) -> Advice | None:
@@ -90,7 +94,7 @@ def vera_for_size_alone(facts: Facts) -> Advice | None:
 
 
 def delta_lora_is_a_scale(facts: Facts) -> Advice | None:
-    if facts.method != "delta-lora":
+    if facts.method != "delta-lora" or facts.adapter.start != 0:  # from a later step on, W_K is in it
         return None
     ratio = facts.adapter.delta_ratio
     why = f"under Adam it trains as LoRA with {1 + ratio:g} times the alpha, which costs nothing"
@@ -163,7 +167,27 @@ def rank_for_the_data(facts: Facts) -> Advice | None:
         f"{facts.trained_tokens:,} different trained tokens are about as many bits; rank {rank} holds"
         f" {2 * facts.trainable:,} at most (2 per parameter), {needed:,.0f} would do"
     )
-    return change(facts, "adapter.rank", advised, why, f"{DATA}; rule of {TML}", "medium")
+    item = change(facts, "adapter.rank", advised, why, f"{DATA}; rule of {TML}", "medium")
+    return replace(item, settings={**item.settings, **_same_steps(facts, advised)})
+
+
+def _same_steps(facts: Facts, rank: int) -> dict[str, Any]:
+    """What keeps Adam's steps of W as they are at another rank: scale * rank (Facts.step_alpha); of factors
+    that start in W, the scale. What is auto and stays so by itself, is not written."""
+    adapter = facts.adapter
+    before, _ = auto_alpha(adapter)
+    of_new, _ = auto_alpha(adapter.model_copy(update={"rank": rank}))
+    power = 0.5 if adapter.scaling == "rank_stabilized" else 1.0
+    times = rank / adapter.rank
+    alpha = before if adapter.alpha == "auto" else adapter.alpha
+    alpha = round(alpha * times ** (power if facts.starts_in_weight else power - 1), 4)
+    if alpha == (of_new if adapter.alpha == "auto" else adapter.alpha):
+        return {}
+    patterns = facts.value("adapter.rank_pattern")
+    if not patterns or adapter.alpha != "auto" or power != 1:
+        return {"adapter.alpha": alpha}
+    own = {name: 2.0 * number for name, number in patterns.items()}  # auto: twice the layer's own rank
+    return {"adapter.alpha": alpha, "adapter.alpha_pattern": own | dict(adapter.alpha_pattern)}
 
 
 def _power_of_two(number: float) -> int:
@@ -203,7 +227,11 @@ def adalora_with_nothing_to_take(facts: Facts) -> Advice | None:
     if advised <= adapter.init_rank:
         return None
     why = "no rank is ever taken away; its budget starts at half more than it ends with"
-    return change(facts, "adapter.init_rank", advised, why, f"{ADALORA}, its scripts", "high")
+    item = change(facts, "adapter.init_rank", advised, why, f"{ADALORA}, its scripts", "high")
+    before = auto_alpha(adapter)[0] if adapter.alpha == "auto" else adapter.alpha
+    kept = max(before, advised)  # but no scale below 1
+    alpha = {} if kept == adapter.alpha else {"adapter.alpha": float(kept)}
+    return replace(item, settings={**item.settings, **alpha})
 
 
 def adalora_decides_seldom(facts: Facts) -> Advice | None:
@@ -225,36 +253,19 @@ def adalora_decides_seldom(facts: Facts) -> Advice | None:
 # How strongly
 
 
-def scaling_of_high_ranks(facts: Facts) -> Advice | None:
-    adapter = facts.adapter
-    if facts.method not in PRODUCTS or not _starts_fresh(facts) or facts.scale is None:
+def alpha_out_of_range(facts: Facts) -> Advice | None:
+    """Read as scale * rank: alpha at standard scaling."""
+    if facts.method not in PRODUCTS or not _starts_fresh(facts) or facts.step_alpha is None:
         return None
-    if adapter.rank < 64 or adapter.scaling != "standard" or facts.scale > 2 or adapter.init == "pissa":
+    if SMALLEST_ALPHA <= facts.step_alpha <= LARGEST_ALPHA:
         return None
-    scale = 64 / adapter.rank**0.5
+    auto, _ = auto_alpha(facts.adapter)
+    now = auto if facts.adapter.alpha == "auto" else facts.adapter.alpha
+    found = round(now * SWEPT_ALPHA / facts.step_alpha, 4)
+    advised: Any = "auto" if found == auto else found
     why = (
-        f"scale {facts.scale:g} becomes {scale:.3g}: at rank 64 and 1e-4 a scale of 8 had 0.513, one of 2 had"
-        " 0.474; it acts as a higher learning rate would"
-    )
-    return change(
-        facts, "adapter.scaling", "rank_stabilized", why, f"{RSLORA}; {PEFT}", "low", adapter__alpha=64
-    )
-
-
-def scale_out_of_range(facts: Facts) -> Advice | None:
-    if facts.method not in PRODUCTS or not _starts_fresh(facts) or facts.scale is None:
-        return None
-    if SMALLEST_SCALE <= facts.scale <= LARGEST_SCALE:
-        return None
-    adapter = facts.adapter
-    root = adapter.scaling == "rank_stabilized"
-    own = adapter.rank**0.5 if root else adapter.rank
-    auto = auto_alpha(adapter)[0] / own * facts.scale_factor
-    fits = SMALLEST_SCALE <= auto <= LARGEST_SCALE
-    advised: Any = "auto" if fits else round(2 * own / facts.scale_factor, 4)
-    why = (
-        f"the update is multiplied by {facts.scale:g}; tools and papers lie between 0.5 and 8 (QLoRA's 0.25"
-        " apart). With Adam it acts as a learning rate does, so a scale that is far off hides the best one"
+        f"scale times rank is {facts.step_alpha:.4g}, and Adam's steps of W go with it; the sweeps of"
+        f" learning rates had {SWEPT_ALPHA} at every rank, tools {SMALLEST_ALPHA} to {LARGEST_ALPHA}"
     )
     return change(facts, "adapter.alpha", advised, why, f"{LORA}, section 4.1; {TML}", "medium")
 
@@ -352,8 +363,7 @@ RULES: tuple[Rule, ...] = (
     rank_beyond_the_data,
     adalora_with_nothing_to_take,
     adalora_decides_seldom,
-    scaling_of_high_ranks,
-    scale_out_of_range,
+    alpha_out_of_range,
     adalora_scale,
     adalora_penalty,
     dropout_on_few_rows,

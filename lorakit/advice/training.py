@@ -1,20 +1,16 @@
-"""Rules on the rest: how the base is held, what the rows need, the learning rate, how long."""
+"""Rules on the rest: how the base is held, what the rows need, the optimizer, how long."""
 
 import math
-from typing import Any
 
 import numpy as np
 
 from lorakit.advice import (
-    ADALORA,
     DATA,
     PEFT,
     QLORA,
     STEPS,
-    TINKER,
     TML,
     TOOLS,
-    VERA,
     Advice,
     Rule,
     change,
@@ -22,18 +18,11 @@ from lorakit.advice import (
 )
 from lorakit.advice.facts import Facts
 from lorakit.advice.passes import more_passes_than_helped, seen_often_unwatched
-from lorakit.advice.rules import PRODUCTS
+from lorakit.advice.rates import ADAM
 from lorakit.recipe.optimizer import OPTIMIZERS
 
 SMALL_BASE = 300_000_000  # parameters: what 4 bits save of them is less than half a gigabyte
-ADAM = ("adamw", "adamw_8bit", "paged_adamw_8bit")
-RATE_OVER_ADAM = dict.fromkeys(ADAM, 1.0) | {
-    "adafactor": 1.0,
-    "lion": 0.25,
-    "sophia": 0.5,
-}
 SMALL_STATE = 500_000_000  # bytes that are not worth rounding for
-POWERS = {"llama": 0.781, "qwen": 0.0775}  # of the hidden size, by family
 LARGE_BATCH, ADVISED_BATCH = 64, 32
 FEWEST_STEPS = 50
 
@@ -143,103 +132,18 @@ def nothing_held_out(facts: Facts) -> Advice | None:
 
 def stopping_that_cannot_happen(facts: Facts) -> Advice | None:
     patience, every = facts.recipe.eval.early_stopping, facts.recipe.eval.every
-    if not patience or facts.steps is None or facts.steps // every > patience:
+    if not patience or facts.steps is None or (facts.steps - 1) // every > patience:
         return None
     advised = max(1, facts.steps // (4 * patience))
-    if advised >= every or facts.steps // advised <= patience:
+    if advised >= every or (facts.steps - 1) // advised <= patience:
         return None
-    number = facts.steps // every
+    number = -(-facts.steps // every)  # the last step ends in one, too
     why = f"of {facts.steps:,} steps {number} end in an evaluation: too few for {patience} in a row to fail"
     return change(facts, "eval.every", advised, why, STEPS, "high")
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The optimizer
-
-
-def centre(facts: Facts) -> float | None:
-    """The learning rate that LoRA's sweeps found best for a model of this family and size; None: not known.
-
-    5e-5 · 10 · (2000 / hidden)^p, half more in runs of less than 100 steps. Source: tinker-cookbook; TML.
-    """
-    if facts.base is None or facts.base.hidden is None:
-        return None
-    power = next((p for family, p in POWERS.items() if facts.base.kind.startswith(family)), None)
-    if power is None:
-        return None
-    short = 1.5 if facts.steps is not None and facts.steps < 100 else 1.0
-    return float(5e-4 * (2000 / facts.base.hidden) ** power * short)
-
-
-# Method -> (its rate over LoRA's, lowest, highest, where its centre is not known, why, source)
-_RATES: dict[str, tuple[float, float, float, float, str, str]] = {
-    **dict.fromkeys(
-        PRODUCTS,
-        (1.0, 3e-5, 1e-3, 2e-4, "LoRA's best is about ten times full fine-tuning's, at every rank", TML),
-    ),
-    "adalora": (2.0, 5e-4, 2.2e-3, 1e-3, "its authors' runs have 5e-4 to 2.2e-3", f"{ADALORA}, its scripts"),
-    "vera": (10.0, 3e-4, 1e-2, 2e-3, "VeRA takes about ten times LoRA's", f"{VERA}; {PEFT}"),
-    "full": (
-        0.1,
-        1e-5,
-        5e-5,
-        2e-5,
-        "a tenth of LoRA's",
-        f"{TML}; {PEFT}",
-    ),
-}
-
-
-def learning_rate(facts: Facts) -> Advice | None:
-    """Out of the range that was tried, or more than four times off what the family's sweeps found best.
-
-    A narrow model bears more: the range reaches up to four times its centre.
-    """
-    optimizer: Any = facts.recipe.optimizer
-    share = RATE_OVER_ADAM.get(optimizer.name)
-    if share is None or facts.method not in _RATES or getattr(optimizer, "eps2", 1.0) < 1:
-        return None
-    times, *bounds, why, source = _RATES[facts.method]
-    low, high, typical = (share * bound for bound in bounds)
-    best = centre(facts)
-    middle = None if best is None else share * times * best
-    if middle is not None:
-        high = max(high, 4 * middle)
-    inside = low <= optimizer.lr <= high
-    if inside and (middle is None or optimizer.lr >= middle / 4):
-        return None
-    advised = float(f"{typical if middle is None else max(low, middle):.1e}")
-    if share != 1:
-        why = f"{why}, {optimizer.name}'s is {share:g} times AdamW's"
-    tried = f"{why}; {low:g} to {high:.2g} is what to search"
-    if middle is not None:
-        tried += f", and sweeps of this family put the centre at {middle:.2g}"
-        source = f"{source}; {TINKER}"
-    large = facts.base is not None and (facts.base.hidden or 0) >= 1000
-    unsure = inside or facts.base is None or share != 1 or facts.method == "adalora"  # of small encoders
-    confidence: Any = "low" if unsure else "high" if large and facts.method in PRODUCTS else "medium"
-    if optimizer.lr > high and facts.method in PRODUCTS:
-        tried += "; at 3e-3 Llama 3.1 8B diverged at every rank"
-    return change(facts, "optimizer.lr", advised, tried, source, confidence)
-
-
-def learning_rate_of_ia3(facts: Facts) -> Advice | None:
-    adapter = facts.adapter
-    if facts.method != "peft" or adapter.type != "IA3" or facts.recipe.optimizer.lr >= 1e-3:
-        return None
-    why = "IA3 moves few numbers and takes large steps: 0.455 at 5e-3, 0.398 at 1e-3"
-    return change(facts, "optimizer.lr", 5e-3, why, PEFT, "medium")
-
-
-def rate_of_b_over_a(facts: Facts) -> Advice | None:
-    ratio = facts.value("optimizer.lr_ratio")
-    if ratio in (None, "lora+") or 1 <= ratio <= 8:
-        return None
-    if ratio < 1:
-        why = "B wants at least A's rate: the theory lets A's shrink with the width, not B's"
-        return change(facts, "optimizer.lr_ratio", 1.0, why, "LoRA+ 2402.12354", "medium")
-    why = "16 is for B at random and A at zero; where B starts at zero 2 to 8 is said to be best"
-    return change(facts, "optimizer.lr_ratio", "lora+", why, "LoRA+ 2402.12354", "medium")
 
 
 def large_batch(facts: Facts) -> Advice | None:
@@ -345,9 +249,6 @@ RULES: tuple[Rule, ...] = (
     seen_often_unwatched,
     few_steps,
     stopping_that_cannot_happen,
-    learning_rate,
-    learning_rate_of_ia3,
-    rate_of_b_over_a,
     optimizer_matters_little,
     state_that_is_small_already,
     strong_decay,

@@ -48,7 +48,8 @@ class _Product(_Layers):
 
     alpha: Literal["auto"] | Alpha = "auto"
     """Numerator of the scale. auto: twice the rank of each layer, so that the scale is 2 everywhere; with
-    rank_stabilized 16, whatever the rank."""
+    rank_stabilized 16, whatever the rank. Adam's steps of W go with scale times rank: with auto a larger rank
+    takes larger steps. Write a number to keep them, and the best learning rate, when the rank changes."""
 
     scaling: Literal["standard", "rank_stabilized"] = "standard"
     """standard: alpha / rank. rank_stabilized: alpha / sqrt(rank), arXiv 2312.03732."""

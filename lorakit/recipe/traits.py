@@ -102,7 +102,7 @@ TRAITS: dict[str, Traits] = {
     "delta-lora": Traits(
         DeltaLora,
         "W + s · ((1 + λ) B A - λ B_K A_K)",
-        "here to be compared: it trains like LoRA with (1 + λ) times the alpha, which a test shows",
+        "here to be compared: with K = 0 it trains like LoRA of (1 + λ) times the alpha, as a test shows",
         "arXiv 2309.02411",
         _of_lora,
         scheduled=True,
