@@ -45,7 +45,6 @@ def share_of(share: float, whole: int) -> Fraction:
 
 
 # A conflict rule yields (field, message). It is given the recipe and `written(field)`: whether the user wrote
-# that
-# field with a value other than null. Only what the user wrote can conflict; a default never does.
+# that field with a value other than null. Only what the user wrote can conflict; a default never does.
 Conflicts = Iterator[tuple[str, str]]
 Written = Callable[[str], Any]
