@@ -248,7 +248,7 @@ class Results:
     def losses(self, sweep: Sweep) -> Losses:
         return {
             (cell.number, cell.seed): math.inf if result["held_out"] is None else result["held_out"]
-            for cell, result in self.cells.items()
+            for cell, result in sorted(self.cells.items(), key=lambda item: (item[0].number, item[0].seed))
             if (cell.kind, cell.method) == (sweep.kind, sweep.method) and cell.seed in self.seeds
         }
 
